@@ -1,0 +1,76 @@
+"""Asking Ray for places and starting agents in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_dnn.agent import Agent
+
+_THREADS = 8  # of an actor: one waits in run(), the others pass messages
+
+
+@dataclass(frozen=True)
+class Places:
+    """What one agent needs, and how places are chosen.
+
+    Attributes:
+        resources: of one agent, as in Ray's bundles.
+        strategy: how a gang's places lie to each other.
+        labels: one selector for every agent, or None.
+        runtime_env: of the agents' processes.
+    """
+
+    resources: dict[str, float]
+    strategy: str
+    labels: dict[str, str] | None
+    runtime_env: dict[str, Any]
+
+
+class Gang:
+    """Places for several agents, given all together or not at all."""
+
+    def __init__(self, places: Places, size: int):
+        self._places = places
+        self.size = size
+        selectors = [places.labels] * size if places.labels else None
+        self._group: PlacementGroup = placement_group(
+            [dict(places.resources)] * size, strategy=places.strategy, bundle_label_selector=selectors
+        )
+        self.ready = self._group.ready()  # a reference that resolves when the places are there
+
+    def start(self, names: list[str]) -> list[Any]:
+        """Start one agent in each place. Returns actor handles; the actors may still be starting."""
+        resources = dict(self._places.resources)
+        options: dict[str, Any] = {
+            "num_cpus": resources.pop("CPU", 0),
+            "num_gpus": resources.pop("GPU", 0),
+            "memory": resources.pop("memory", None),
+            "resources": resources,
+            "max_concurrency": _THREADS,
+            "max_restarts": 0,
+            "runtime_env": self._places.runtime_env,
+        }
+        actor = ray.remote(Agent)
+        return [
+            actor.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+                **options,
+            ).remote(name)
+            for index, name in enumerate(names)
+        ]
+
+    def give_back(self) -> None:
+        """Give the places back to the cluster; agents in them are killed."""
+        remove_placement_group(self._group)
+
+
+def room() -> str:
+    """What the cluster has free, in words."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    shown = [key for key in ("CPU", "GPU") if total.get(key)]
+    return ", ".join(f"{free.get(key, 0):g} of {total[key]:g} {key} free" for key in shown) or "no CPUs"

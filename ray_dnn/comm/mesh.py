@@ -1,0 +1,351 @@
+"""Stream sockets between every two members of a generation, driven by the thread that waits for them.
+
+Theory of operation
+-------------------
+Every agent has one `Listener` for its whole life; its address travels to the others over Ray. For each generation
+every two members open one connection: the higher rank connects, and introduces itself with the job's secret, the
+generation, the channel and its rank. The listener's thread sorts accepted connections by that introduction, so they may
+arrive before their owner knows of the generation; connections of generations gone by are closed.
+
+`Mesh.exchange` then moves bytes: for each peer a list of buffers to send and a list of buffers to fill, in the same
+order on both sides. It is a poll loop in the calling thread. Nothing else ever reads these sockets, which gives three
+properties that process groups lack:
+
+* a wait ends at once when the generation is abandoned (`Mesh.abandon` wakes the poll loop from any thread);
+* a peer's death ends it within a millisecond (its sockets close);
+* a peer that was left behind and wakes up writes nowhere: the sockets of an abandoned mesh are closed on this side, and
+  received bytes reach memory only in `exchange`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from ray_dnn.errors import ProtocolError, RayDnnError
+
+Address = tuple[str, int]
+Buffers = Sequence[memoryview]
+
+_SECRET_BYTES = 32
+_HELLO = struct.Struct(f"!8s{_SECRET_BYTES}sqqq")
+_MAGIC = b"ray_dnn1"
+_HELLO_TIMEOUT_S = 10.0
+
+
+class PeerLostError(RayDnnError):
+    """A peer's connection closed: it died, or it left the generation. Never reaches the user.
+
+    Attributes:
+        peer: its rank in the mesh.
+    """
+
+    def __init__(self, peer: int, detail: str):
+        super().__init__(f"the connection to rank {peer} closed: {detail}")
+        self.peer = peer
+
+
+class AbandonedError(RayDnnError):
+    """The generation was abandoned while this thread waited in it. Never reaches the user."""
+
+
+class Hello(NamedTuple):
+    """How a connection introduces itself: which generation and channel it belongs to, and who opened it."""
+
+    generation: int
+    channel: int
+    rank: int
+
+
+class Listener:
+    """Accepts connections of all generations and keeps them until their mesh takes them."""
+
+    def __init__(self, host: str, secret: bytes):
+        if len(secret) != _SECRET_BYTES:
+            raise ValueError(f"the secret must have {_SECRET_BYTES} bytes, not {len(secret)}")
+        self._secret = secret
+        self._socket = socket.create_server((host, 0), backlog=512)
+        self._arrived: dict[Hello, socket.socket] = {}  # connections that nobody has taken yet
+        self._oldest = 0  # connections of generations below this are refused; only rises
+        self._changed = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._accept, name="ray_dnn-listener", daemon=True).start()
+
+    @property
+    def address(self) -> Address:
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Read the introduction; whoever does not know the secret is cut off without an answer."""
+        try:
+            connection.settimeout(_HELLO_TIMEOUT_S)
+            raw = _receive_exactly(connection, _HELLO.size)
+            magic, secret, *key = _HELLO.unpack(raw)
+            if magic != _MAGIC or not hmac.compare_digest(secret, self._secret):
+                raise ConnectionError("not a member of this job")
+            hello = Hello(*key)
+            with self._changed:
+                if self._closed or hello.generation < self._oldest:
+                    raise ConnectionError("a generation gone by")
+                stale = self._arrived.pop(hello, None)
+                self._arrived[hello] = connection
+                self._changed.notify_all()
+            if stale is not None:
+                stale.close()
+        except OSError:
+            connection.close()
+
+    def take(self, hello: Hello, deadline: float, abandoned: threading.Event) -> socket.socket:
+        """Wait for the connection that introduced itself as ``hello``."""
+        with self._changed:
+            while hello not in self._arrived:
+                if abandoned.is_set():
+                    raise AbandonedError(f"generation {hello.generation} was abandoned while it formed")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise PeerLostError(hello.rank, "it did not connect in time")
+                self._changed.wait(min(left, 0.05))
+            return self._arrived.pop(hello)
+
+    def forget_before(self, generation: int) -> None:
+        """Refuse and close what belongs to generations before ``generation``."""
+        with self._changed:
+            self._oldest = max(self._oldest, generation)
+            for hello in [h for h in self._arrived if h.generation < self._oldest]:
+                self._arrived.pop(hello).close()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for connection in self._arrived.values():
+                connection.close()
+            self._arrived.clear()
+        # shutdown wakes the thread that is blocked in accept; close alone would not.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = connection.recv(size - len(data))
+        if not chunk:
+            raise ConnectionError("closed")
+        data += chunk
+    return bytes(data)
+
+
+class Mesh:
+    """The connections of one member to all others of a generation, on one channel.
+
+    Attributes:
+        rank, size: of this member, and how many members there are.
+        generation: that it belongs to.
+    """
+
+    def __init__(self, generation: int, rank: int, size: int):
+        self.generation = generation
+        self.rank = rank
+        self.size = size
+        self._peers: dict[int, socket.socket] = {}
+        self._abandoned = threading.Event()
+        self._wake_read, self._wake_write = os.pipe()
+        self._closing = threading.Lock()  # guards the descriptors against abandon() during close()
+        self._closed = False
+
+    @property
+    def peers(self) -> list[int]:
+        """All ranks but one's own."""
+        return [r for r in range(self.size) if r != self.rank]
+
+    def form(
+        self, listener: Listener, secret: bytes, addresses: Sequence[Address], channel: int = 0, timeout_s: float = 30.0
+    ) -> None:
+        """Connect to all lower ranks and take the connections of all higher ones. ``addresses``: by rank."""
+        deadline = time.monotonic() + timeout_s
+        listener.forget_before(self.generation)
+        hello = _HELLO.pack(_MAGIC, secret, self.generation, channel, self.rank)
+        for peer in range(self.rank):
+            try:
+                connection = socket.create_connection(addresses[peer], timeout=max(0.1, deadline - time.monotonic()))
+                self._adopt(peer, connection)
+                connection.sendall(hello)
+                connection.setblocking(False)
+            except OSError as error:
+                raise PeerLostError(peer, f"connecting failed: {error}") from error
+        for peer in range(self.rank + 1, self.size):
+            connection = listener.take(Hello(self.generation, channel, peer), deadline, self._abandoned)
+            self._adopt(peer, connection)
+            connection.setblocking(False)
+
+    def _adopt(self, peer: int, connection: socket.socket) -> None:
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._peers[peer] = connection
+
+    def attach(self, peer: int, connection: socket.socket) -> None:
+        """Use a connection made elsewhere (tests use socket pairs)."""
+        self._adopt(peer, connection)
+        connection.setblocking(False)
+
+    def exchange(
+        self,
+        sends: Mapping[int, Buffers],
+        receives: Mapping[int, Buffers],
+        received: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Send and receive until all is done.
+
+        Args:
+            sends: for each peer the buffers to send, in order. Bytes, contiguous.
+            receives: for each peer the buffers to fill, in the order in which it sends them.
+            received: called with (peer, index) whenever a buffer is full, in this thread.
+
+        Raises:
+            PeerLostError: a peer's connection closed. The buffers are in an undefined state.
+            AbandonedError: `abandon` was called.
+        """
+        flows = {
+            peer: _Flow(peer, connection, sends.get(peer, ()), receives.get(peer, ()), received)
+            for peer, connection in self._peers.items()
+        }
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        waiting: dict[int, _Flow] = {}
+        for flow in flows.values():
+            mask = flow.advance(select.POLLIN | select.POLLOUT)
+            if mask:
+                poller.register(flow.connection, mask)
+                waiting[flow.connection.fileno()] = flow
+        while waiting:
+            for descriptor, ready in poller.poll():
+                if descriptor == self._wake_read:
+                    raise AbandonedError(f"generation {self.generation} was abandoned")
+                flow = waiting[descriptor]
+                mask = flow.advance(ready)
+                if not mask:
+                    poller.unregister(descriptor)
+                    del waiting[descriptor]
+                elif mask != flow.mask:
+                    poller.modify(descriptor, mask)
+                flow.mask = mask
+        if self._abandoned.is_set():
+            raise AbandonedError(f"generation {self.generation} was abandoned")
+
+    def gather(self, payload: bytes | bytearray) -> list[bytes]:
+        """Everybody's payload, by rank. All payloads must have the same length."""
+        inbox = {peer: bytearray(len(payload)) for peer in self.peers}
+        mine = memoryview(payload)
+        self.exchange({p: [mine] for p in self.peers}, {p: [memoryview(b)] for p, b in inbox.items()})
+        return [bytes(payload) if r == self.rank else bytes(inbox[r]) for r in range(self.size)]
+
+    def gather_variable(self, payload: bytes) -> list[bytes]:
+        """Everybody's payload, by rank; lengths may differ."""
+        sizes = [struct.unpack("!q", raw)[0] for raw in self.gather(struct.pack("!q", len(payload)))]
+        inbox = {peer: bytearray(sizes[peer]) for peer in self.peers}
+        mine = memoryview(payload)
+        self.exchange({p: [mine] for p in self.peers}, {p: [memoryview(b)] for p, b in inbox.items()})
+        return [payload if r == self.rank else bytes(inbox[r]) for r in range(self.size)]
+
+    def abandon(self) -> None:
+        """End every present and future wait in this mesh with `AbandonedError`. From any thread, any number of times."""
+        self._abandoned.set()
+        with self._closing:
+            if not self._closed:
+                os.write(self._wake_write, b"x")
+
+    def close(self) -> None:
+        """Close all connections; peers that still wait for us see `PeerLostError`."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            for connection in self._peers.values():
+                connection.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+
+class _Flow:
+    """What is still to be sent to and received from one peer."""
+
+    def __init__(
+        self,
+        peer: int,
+        connection: socket.socket,
+        sends: Buffers,
+        receives: Buffers,
+        received: Callable[[int, int], None] | None,
+    ):
+        self.peer = peer
+        self.connection = connection
+        self.mask = select.POLLIN | select.POLLOUT
+        self._out = [_bytes(b) for b in sends]
+        self._in = [_bytes(b) for b in receives]
+        self._received = received
+        self._out_at = self._in_at = 0  # the buffer at work
+        self._out_done = self._in_done = 0  # bytes of it that are done
+
+    def advance(self, ready: int) -> int:
+        """Do what can be done without waiting. Returns the poll events that are still needed, 0 when all is done."""
+        try:
+            if ready & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                self._receive()
+            if ready & (select.POLLOUT | select.POLLHUP | select.POLLERR):
+                self._send()
+        except OSError as error:
+            raise PeerLostError(self.peer, str(error)) from error
+        needs_in = select.POLLIN if self._in_at < len(self._in) else 0
+        needs_out = select.POLLOUT if self._out_at < len(self._out) else 0
+        return needs_in | needs_out
+
+    def _send(self) -> None:
+        while self._out_at < len(self._out):
+            view = self._out[self._out_at]
+            while self._out_done < len(view):
+                try:
+                    self._out_done += self.connection.send(view[self._out_done :])
+                except BlockingIOError:
+                    return
+            self._out_at, self._out_done = self._out_at + 1, 0
+
+    def _receive(self) -> None:
+        while self._in_at < len(self._in):
+            view = self._in[self._in_at]
+            while self._in_done < len(view):
+                try:
+                    count = self.connection.recv_into(view[self._in_done :])
+                except BlockingIOError:
+                    return
+                if count == 0:
+                    raise PeerLostError(self.peer, "it left")
+                self._in_done += count
+            index = self._in_at
+            self._in_at, self._in_done = index + 1, 0
+            if self._received is not None:
+                self._received(self.peer, index)
+
+
+def _bytes(buffer: memoryview) -> memoryview:
+    if not buffer.contiguous:
+        raise ProtocolError("only contiguous buffers can be exchanged")
+    # An empty view cannot be cast; it has nothing to move either.
+    return buffer.cast("B") if buffer.nbytes else memoryview(b"")

@@ -1,0 +1,112 @@
+"""A model's buffers between steps, and what each virtual worker does to them.
+
+Every contribution starts from the committed buffers. Afterwards only buffers whose bits changed count:
+
+* floating point: the committed value plus the weighted mean of the workers' changes;
+* integers and booleans: the value that the lowest-numbered worker which changed it gave it (so a BatchNorm's
+  ``num_batches_tracked`` counts forward passes as one process would).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ray_dnn.comm.exchange import Vector
+from ray_dnn.engine.layout import Layout
+from ray_dnn.errors import ConfigError
+
+
+class _Owned(NamedTuple):
+    """A buffer: the module and key that hold it, the tensor that belongs there, and its committed value."""
+
+    module: nn.Module
+    key: str
+    tensor: torch.Tensor
+    committed: torch.Tensor
+
+
+class Buffers:
+    """The buffers of a model with their committed values."""
+
+    def __init__(self, model: nn.Module):
+        self._owned: dict[str, _Owned] = {}
+        seen: set[int] = set()
+        for prefix, module in model.named_modules():
+            for key, tensor in module.named_buffers(recurse=False):
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                name = f"{prefix}.{key}" if prefix else key
+                if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
+                    raise ConfigError(f"The buffer {name} is {tensor.dtype}, {tensor.layout}: not supported.")
+                self._owned[name] = _Owned(module, key, tensor, tensor.clone())
+        self.floats = [n for n, o in self._owned.items() if o.tensor.is_floating_point()]
+        self.others = [n for n, o in self._owned.items() if not o.tensor.is_floating_point()]
+        self.layout = Layout({name: self._owned[name].tensor for name in self.floats})
+
+    def committed(self, name: str) -> torch.Tensor:
+        return self._owned[name].committed
+
+    def restore(self) -> None:
+        """Give every buffer its committed value, also where a module put another tensor in its place."""
+        for owned in self._owned.values():
+            owned.module._buffers[owned.key] = owned.tensor
+            owned.tensor.copy_(owned.committed)
+
+    def commit(self) -> None:
+        """Declare the present values committed."""
+        for name, owned in self._owned.items():
+            owned.committed.copy_(self._present(name))
+        self.restore()
+
+    def changed(self) -> set[str]:
+        """The names of the buffers that differ by a bit from their committed values."""
+        return {name for name in self._owned if not _same_bits(self._present(name), self._owned[name].committed)}
+
+    def deltas(self, changed: set[str], weight: float, vector: Vector) -> None:
+        """Write ``weight * (present - committed)`` of changed floats to their slots, and zeros to all others."""
+        for name in self.floats:
+            target = self.layout.view(vector, name)
+            if name not in changed:
+                target.zero_()
+                continue
+            old, new = self._owned[name].committed, self._present(name)
+            same = (new == old) | (new.isnan() & old.isnan())
+            # where() before the subtraction's result is used: inf - inf would be NaN in elements that did not change.
+            delta = torch.where(same, torch.zeros((), dtype=target.dtype), new.to(target.dtype) - old.to(target.dtype))
+            torch.mul(delta, weight, out=target)
+
+    def values(self, names: list[str]) -> list[torch.Tensor]:
+        """Copies of present values."""
+        return [self._present(name).detach().clone() for name in names]
+
+    def apply(self, changed: set[str], sums: Vector, weight: float, values: dict[str, torch.Tensor]) -> None:
+        """Move the committed values by the combined changes (``sums / weight``), or to the given ``values``."""
+        for name in self.floats:
+            if name in changed and weight > 0:
+                committed = self._owned[name].committed
+                moved = committed.to(sums[self.layout.slots[name].lane].dtype) + self.layout.view(sums, name) / weight
+                committed.copy_(moved)
+        for name, value in values.items():
+            self._owned[name].committed.copy_(value)
+        self.restore()
+
+    def _present(self, name: str) -> torch.Tensor:
+        owned = self._owned[name]
+        present = owned.module._buffers[owned.key]
+        if present is None or present.shape != owned.tensor.shape or present.dtype != owned.tensor.dtype:
+            now = "None" if present is None else f"{present.dtype} of shape {tuple(present.shape)}"
+            raise ConfigError(
+                f"The buffer {name} was {owned.tensor.dtype} of shape {tuple(owned.tensor.shape)} and became {now}; "
+                "buffers must keep their dtype and shape."
+            )
+        return present
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_contiguous() and other.is_contiguous():
+        return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return _same_bits(one.contiguous(), other.contiguous())

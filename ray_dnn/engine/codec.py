@@ -1,0 +1,135 @@
+"""State as bytes, without executing anything: a JSON description and raw tensor memory.
+
+A *tree* is built of dict (keys: str or int), list, tuple, str, int, float, bool, None and tensors. It is what optimizer,
+schedule and extra states are made of; anything else is refused by the path at which it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ray_dnn.errors import ConfigError
+
+Tree = Any
+
+_ALIGN = 64
+_LENGTH = struct.Struct("<q")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor in row-major order, little-endian. Shape of the view: (bytes,)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def encode(tree: Tree, where: str = "state") -> bytes:
+    """A tree as bytes.
+
+    Raises:
+        ConfigError: something in it is not a tensor, a number, a string, or a container of these.
+    """
+    tensors: list[torch.Tensor] = []
+    spec = _describe(tree, tensors, where)
+    heads = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+    head = json.dumps({"spec": spec, "tensors": heads}).encode()
+    parts: list[bytes | memoryview] = [_LENGTH.pack(len(head)), head]
+    at = _LENGTH.size + len(head)
+    for tensor in tensors:
+        pad = -at % _ALIGN
+        data = tensor_bytes(tensor)
+        parts += [bytes(pad), data]
+        at += pad + len(data)
+    return b"".join(parts)
+
+
+def decode(data: bytes | bytearray | memoryview) -> Tree:
+    """What `encode` was given. Tensors are fresh copies in memory of their own."""
+    view = memoryview(data)
+    (length,) = _LENGTH.unpack(view[: _LENGTH.size])
+    at = _LENGTH.size + length
+    head = json.loads(bytes(view[_LENGTH.size : at]))
+    tensors = []
+    for name, shape in head["tensors"]:
+        dtype = getattr(torch, name)
+        at += -at % _ALIGN
+        tensor = torch.empty(shape, dtype=dtype)
+        if size := tensor.numel() * tensor.element_size():
+            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            target[:] = view[at : at + size]
+            at += size
+        tensors.append(tensor)
+    return _rebuild(head["spec"], tensors)
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256 of a tree, equal exactly when every value and every bit is."""
+    return hashlib.sha256(encode(tree)).hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over sorted (name, dtype, shape, little-endian bytes)."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def first_difference(one: Tree, other: Tree, where: str = "") -> str | None:
+    """The path of the first place at which two trees differ by a bit; None where they are equal."""
+    left, right = dict(_leaves(one, where)), dict(_leaves(other, where))
+    for path in [*left, *(p for p in right if p not in left)]:
+        if path not in left or path not in right or digest(left[path]) != digest(right[path]):
+            return path
+    return None
+
+
+def _leaves(tree: Tree, path: str) -> Iterator[tuple[str, Tree]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, tree
+
+
+def _describe(tree: Tree, tensors: list[torch.Tensor], where: str) -> Any:
+    if isinstance(tree, torch.Tensor):
+        if tree.layout != torch.strided or tree.is_quantized:
+            raise ConfigError(f"{where} is a {tree.layout} tensor; only dense tensors can be kept in state.")
+        tensors.append(tree)
+        return {"t": len(tensors) - 1}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree.item() if hasattr(tree, "item") else tree
+    if isinstance(tree, Mapping):
+        if bad := [key for key in tree if not isinstance(key, str | int)]:
+            raise ConfigError(f"{where} has the key {bad[0]!r}; keys must be strings or whole numbers.")
+        return {"d": [[key, _describe(value, tensors, f"{where}.{key}")] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        items = [_describe(value, tensors, f"{where}[{i}]") for i, value in enumerate(tree)]
+        return {"u" if isinstance(tree, tuple) else "l": items}
+    raise ConfigError(
+        f"{where} is a {type(tree).__module__}.{type(tree).__qualname__}; state may hold tensors, numbers, strings, None, "
+        "and dicts, lists and tuples of these. Give the object a state_dict made of them."
+    )
+
+
+def _rebuild(spec: Any, tensors: list[torch.Tensor]) -> Tree:
+    if not isinstance(spec, dict):
+        return spec
+    ((kind, value),) = spec.items()
+    if kind == "t":
+        return tensors[value]
+    if kind == "d":
+        return {key: _rebuild(item, tensors) for key, item in value}
+    items = [_rebuild(item, tensors) for item in value]
+    return tuple(items) if kind == "u" else items

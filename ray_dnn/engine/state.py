@@ -1,0 +1,276 @@
+"""The committed state of a job: model, optimizers, schedules, extra state, and how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.engine import codec
+from ray_dnn.engine.buffers import Buffers
+from ray_dnn.engine.loss import GradientSums, Pairs, add_pairs, as_pairs, as_sum, number
+from ray_dnn.engine.rng import seed_everything
+from ray_dnn.errors import ConfigError
+from ray_dnn.parallel import ReplicaGroup, full
+from ray_dnn.strategies.base import Batch
+
+ONLY = "optimizer"  # the phase of a job with one optimizer
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al., "Mixed Precision Training", 2018, section 3.2).
+
+    The scale is a power of two, so unscaling is exact.
+    """
+
+    def __init__(self) -> None:
+        self.scale = 65_536.0
+        self.good_steps = 0  # since the scale last changed
+
+    def update(self, overflow: bool) -> None:
+        """Halve on overflow; double after 2,000 steps without one."""
+        if overflow:
+            self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+        elif self.good_steps + 1 == 2_000:
+            self.scale, self.good_steps = min(2.0**24, self.scale * 2), 0
+        else:
+            self.good_steps += 1
+
+
+class TrainingState:
+    """What every agent holds, equal to the bit between steps.
+
+    Attributes:
+        model: the user's.
+        optimizers, schedulers: by phase; one phase named "optimizer" where the user gave a single optimizer.
+        extra: the user's extra state.
+        step: committed steps.
+        phase: whose turn it is inside a step.
+        config, spec: of the job.
+    """
+
+    def __init__(self, spec: TrainSpec, config: TrainConfig):
+        self.spec = spec
+        self.config = config
+        self.step = 0
+        seed_everything("model", config.seed)
+        self.model = spec.model()
+        _check_model(self.model)
+        _align(self.model)
+        self.parameters = dict(self.model.named_parameters())
+        self.buffers = Buffers(self.model)
+        made = spec.optimizer(self.model)
+        self.optimizers: dict[str, torch.optim.Optimizer] = made if isinstance(made, dict) else {ONLY: made}
+        self.losses = spec.loss if isinstance(spec.loss, dict) else {ONLY: spec.loss}
+        if list(self.optimizers) != list(self.losses):
+            raise ConfigError(
+                f"TrainSpec.optimizer gives {list(self.optimizers)} and TrainSpec.loss {list(self.losses)}; "
+                "the keys must be the same, in the same order."
+            )
+        self.phase = self.phases[0]
+        self._trainable = {key: self._owned(key, opt) for key, opt in self.optimizers.items()}
+        self.schedulers = {k: spec.scheduler(o) for k, o in self.optimizers.items()} if spec.scheduler else {}
+        for key, scheduler in self.schedulers.items():
+            _check_scheduler(key, scheduler)
+        self.extra = dict(spec.extra_state(self.model)) if spec.extra_state else {}
+        _check_extra(self.extra)
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.model.train()
+        # User code may have left gradients behind; a contribution must start from none.
+        self.model.zero_grad(set_to_none=True)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(self.optimizers)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer whose turn it is."""
+        return self.optimizers[self.phase]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that this phase's optimizer updates, by name, in the model's order."""
+        return self._trainable[self.phase]
+
+    def _owned(self, key: str, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+        _check_optimizer(key, optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        strange = held - {id(p) for p in self.parameters.values()}
+        if strange:
+            raise ConfigError(f"{key} holds {len(strange)} parameters that are not parameters of the model.")
+        return {name: p for name, p in self.parameters.items() if id(p) in held and p.requires_grad}
+
+    # -- computing ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The job's precision."""
+        dtype = _AUTOCAST.get(self.config.precision)
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+    def gradients(self, parameters: Mapping[str, nn.Parameter], batch: Batch) -> GradientSums:
+        """The gradient of the summed loss of this phase over a batch, accumulated in at least float32.
+
+        Leaves no gradient in the model.
+        """
+        loss_function = self.losses[self.phase]
+        name = f"loss[{self.phase!r}]" if len(self.losses) > 1 else "loss"
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        weight = 0.0
+        metrics: Pairs = {}
+        wide: dict[str, torch.Tensor] = {}  # float32 sums of half-precision gradients
+        inputs = list(parameters.values())
+        for micro in batch.microbatches:
+            with self.autocast():
+                loss = as_sum(loss_function(self.model, micro.data), micro.rows, name)
+            if loss.total.requires_grad and inputs:
+                torch.autograd.backward([loss.total * scale], inputs=inputs)
+            for key, parameter in parameters.items():
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise ConfigError(
+                        f"The gradient of {key} is sparse; use dense gradients (Embedding(sparse=False))."
+                    )
+                if parameter.grad is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                    gradient = parameter.grad.to(torch.float32)
+                    wide[key] = wide[key] + gradient if key in wide else gradient
+                    parameter.grad = None
+            weight += number(loss.weight)
+            add_pairs(metrics, {"loss": (number(loss.total), number(loss.weight))})
+            add_pairs(metrics, as_pairs(loss.metrics, micro.rows, f"{name}: Loss.metrics"))
+        sums: dict[str, torch.Tensor | None] = {}
+        for key, parameter in parameters.items():
+            gradient = wide.get(key, parameter.grad)
+            sums[key] = gradient if gradient is None or scale == 1.0 else gradient * (1.0 / scale)
+            parameter.grad = None
+        return GradientSums(sums, weight, metrics)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def export(self) -> codec.Tree:
+        """Everything that is committed, as a tree."""
+        return {
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "buffers": {n: self.buffers.committed(n) for n in self.buffers.floats + self.buffers.others},
+            "optimizers": {key: _export_optimizer(opt) for key, opt in self.optimizers.items()},
+            "schedulers": {key: scheduler.state_dict() for key, scheduler in self.schedulers.items()},
+            "extra": {key: item.state_dict() for key, item in self.extra.items()},
+            "loss_scale": vars(self.loss_scale) if self.loss_scale else None,
+        }
+
+    @torch.no_grad()
+    def load(self, tree: codec.Tree) -> None:
+        """Take over what another agent exported. Tensors are copied into this state's own memory."""
+        self.step = tree["step"]
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tree["parameters"][name])
+        for name in self.buffers.floats + self.buffers.others:
+            self.buffers.committed(name).copy_(tree["buffers"][name])
+        self.buffers.restore()
+        for key, optimizer in self.optimizers.items():
+            _load_optimizer(optimizer, tree["optimizers"][key])
+        for key, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(tree["schedulers"][key])
+        for key, item in self.extra.items():
+            item.load_state_dict(tree["extra"][key])
+        if self.loss_scale:
+            vars(self.loss_scale).update(tree["loss_scale"])
+
+    def weights(self, group: ReplicaGroup) -> dict[str, torch.Tensor]:
+        """All full parameters and persistent buffers, by name."""
+        tensors = {name: full(p, group) for name, p in self.parameters.items()}
+        persistent = self.model.state_dict(keep_vars=True)
+        return tensors | {
+            name: self.buffers.committed(name)
+            for name in self.buffers.floats + self.buffers.others
+            if name in persistent
+        }
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"TrainSpec.model returned {type(model).__name__}; it must return a torch.nn.Module.")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise ConfigError(
+                f"The module {name or 'model'} is compiled by torch.compile, which is not proved to give equal bits on "
+                "every agent. Pass the module itself."
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ConfigError(f"The module {name} has sparse gradients, which cannot be combined. Use sparse=False.")
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigError(f"The module {name} is SyncBatchNorm, which needs a process group. Use BatchNorm.")
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ConfigError(f"The module {name or 'model'} is {type(module).__name__}. Pass the module inside it.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigError(f"The parameter {name} is lazy. Give the layer its input size.")
+        if not parameter.is_floating_point() or parameter.layout != torch.strided:
+            raise ConfigError(f"The parameter {name} is {parameter.dtype}, {parameter.layout}: not supported.")
+
+
+@torch.no_grad()
+def _align(model: nn.Module) -> None:
+    """Kernels choose their path by address: memory that is not aligned to 64 bytes could give other bits."""
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.data_ptr() % 64:
+                module._buffers[key] = buffer.clone()
+
+
+def _check_optimizer(key: str, optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{key} is {type(optimizer).__name__}; TrainSpec.optimizer must return torch Optimizers.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is inspect.Parameter.empty):
+        raise ConfigError(f"{key} is {type(optimizer).__name__}, which needs a closure: not supported.")
+    unknown = set(optimizer.state_dict()) - {"state", "param_groups"}
+    if unknown:
+        raise ConfigError(f"{key} keeps {sorted(unknown)} beside state and param_groups, which would not be moved.")
+
+
+def _check_scheduler(key: str, scheduler: object) -> None:
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(f"The scheduler of {key} is ReduceLROnPlateau, which needs a metric: not supported.")
+    for method in ("step", "state_dict", "load_state_dict"):
+        if not hasattr(scheduler, method):
+            raise ConfigError(f"The scheduler of {key} has no {method}(); it must be a torch LRScheduler.")
+    codec.encode(scheduler.state_dict(), f"the scheduler of {key}")  # type: ignore[attr-defined]
+
+
+def _export_optimizer(optimizer: torch.optim.Optimizer) -> codec.Tree:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tree: codec.Tree) -> None:
+    """Set the state as it is. ``Optimizer.load_state_dict`` would cast it to the parameters' dtypes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    for index, entries in tree["state"].items():
+        optimizer.state[parameters[index]] = dict(entries)
+    for group, values in zip(optimizer.param_groups, tree["groups"], strict=True):
+        group.update(values)
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    """Refuse extra state that cannot be moved, by name."""
+    for key, item in extra.items():
+        for method in ("state_dict", "load_state_dict"):
+            if not callable(getattr(item, method, None)):
+                raise ConfigError(f"extra_state[{key!r}] has no {method}(); each value must have both methods.")
+        codec.encode(item.state_dict(), f"extra_state[{key!r}]")

@@ -1,0 +1,72 @@
+"""Every error that ray_dnn raises on purpose, whose fault it is, and what to do next.
+
+::
+
+    RayDnnError
+    ├── ConfigError (ValueError)   the job as described cannot run; nothing was started. Change the named value.
+    ├── UserCodeError              a function of the job raised. The user's own exception is its ``__cause__``.
+    ├── HiddenStateError           a contribution computed twice gave other bits: the job has state outside its model.
+    ├── NonFiniteError             a contribution holds NaN or infinity, and the job asked to stop there.
+    ├── AdmissionError             an agent computes other bits than the rest. Use like machines or deterministic=False.
+    ├── AgentLostError             an agent is gone and the run may not go on without it.
+    ├── CheckpointError            a checkpoint is not what its manifest says.
+    ├── LedgerError                the ledger contradicts itself: a bug of ray_dnn. Please report it.
+    └── ProtocolError              agents disagree about where they are: a bug of ray_dnn. Please report it.
+
+``Trainer.fit()`` raises ``ray.train.TrainingFailedError`` with one of these (or the user's exception) as its cause.
+"""
+
+from __future__ import annotations
+
+
+class RayDnnError(Exception):
+    """Base of all errors that ray_dnn raises on purpose."""
+
+
+class ConfigError(RayDnnError, ValueError):
+    """The job as described cannot run. Raised before anything is started wherever that can be known."""
+
+
+class UserCodeError(RayDnnError):
+    """A function that the user gave raised.
+
+    Attributes:
+        where: what was running, e.g. ``"loss"`` or ``"build_model"``, with agent, step, virtual worker and rows.
+        remote_traceback: the traceback as the agent saw it.
+    """
+
+    def __init__(self, where: str, remote_traceback: str):
+        super().__init__(f"{where}\n\n{remote_traceback}")
+        self.where = where
+        self.remote_traceback = remote_traceback
+
+    def __reduce__(self) -> tuple[type[UserCodeError], tuple[str, str]]:
+        return (type(self), (self.where, self.remote_traceback))
+
+
+class HiddenStateError(RayDnnError):
+    """The same contribution, computed a second time, had other bits."""
+
+
+class NonFiniteError(RayDnnError):
+    """A contribution holds NaN or infinity and ``TrainConfig(nonfinite="stop")`` is in force."""
+
+
+class AdmissionError(RayDnnError):
+    """An agent computed other bits for a contribution that is known."""
+
+
+class AgentLostError(RayDnnError):
+    """An agent is gone and the run may not go on without it."""
+
+
+class CheckpointError(RayDnnError):
+    """A checkpoint is not what its manifest says it is."""
+
+
+class LedgerError(RayDnnError):
+    """The ledger of rows contradicts itself."""
+
+
+class ProtocolError(RayDnnError):
+    """Agents that should be at the same place are not."""

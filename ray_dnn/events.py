@@ -1,0 +1,258 @@
+"""The event log: a typed, append-only record of a run. Progress, reports and tests are made from it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run.
+
+    Attributes:
+        time: when, in seconds since the epoch.
+    """
+
+    time: float = field(default_factory=time.time, kw_only=True)
+
+    def text(self) -> str:
+        """The event in plain words."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        return json.dumps({"event": type(self).__name__} | asdict(self))
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    name: str
+    path: str
+    attempt: int
+    job: dict[str, object]
+
+    def text(self) -> str:
+        return f"run {self.name} (attempt {self.attempt}) is recorded in {self.path}"
+
+
+@dataclass(frozen=True)
+class Waiting(Event):
+    what: str
+
+    def text(self) -> str:
+        return f"waiting: {self.what}"
+
+
+@dataclass(frozen=True)
+class AgentStarted(Event):
+    agent: str
+    host: str
+    pid: int
+
+    def text(self) -> str:
+        return f"{self.agent} started on {self.host}, pid {self.pid}"
+
+
+@dataclass(frozen=True)
+class AgentAdmitted(Event):
+    agent: str
+    seconds: float
+    profile: dict[str, object]
+    same_bits: bool
+
+    def text(self) -> str:
+        how = "same bits" if self.same_bits else "OTHER BITS, admitted because deterministic=False"
+        return f"{self.agent} is ready after {self.seconds:.1f} s ({how})"
+
+
+@dataclass(frozen=True)
+class AgentRefused(Event):
+    agent: str
+    host: str
+    reason: str
+
+    def text(self) -> str:
+        return f"{self.agent} on {self.host} was refused: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AgentGone(Event):
+    agent: str
+    reason: str
+
+    def text(self) -> str:
+        return f"{self.agent} is gone: {self.reason}"
+
+
+@dataclass(frozen=True)
+class HiddenStateSuspected(Event):
+    names: list[str]
+
+    def text(self) -> str:
+        return (
+            f"state outside of the model changed while it computed: {', '.join(self.names)}. The first contributions had "
+            "equal bits all the same; make sure that results do not depend on it"
+        )
+
+
+@dataclass(frozen=True)
+class Decided(Event):
+    number: int
+    kind: str
+    reason: str
+
+    def text(self) -> str:
+        return f"decision {self.number}: {self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class GenerationFormed(Event):
+    generation: int
+    step: int
+    agents: list[str]
+    joined: list[str]
+    left: list[str]
+    bounds: list[int]
+
+    def text(self) -> str:
+        parts = [f"generation {self.generation} from step {self.step}: {_agents(len(self.agents))}"]
+        parts += [f"joined: {', '.join(self.joined)}"] if self.joined else []
+        parts += [f"left: {', '.join(self.left)}"] if self.left else []
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    generation: int
+    step: int
+    decision: int
+
+    def text(self) -> str:
+        return f"generation {self.generation} stopped before step {self.step} for decision {self.decision}"
+
+
+@dataclass(frozen=True)
+class FirstStep(Event):
+    generation: int
+    step: int
+    gap_s: float
+
+    def text(self) -> str:
+        after = f", {self.gap_s:.2f} s after the step before" if self.gap_s else ""
+        return f"generation {self.generation} committed its first step, {self.step}{after}"
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    rows_per_s: float
+    agents: int
+    left_s: float
+
+    def text(self) -> str:
+        left = f"{self.left_s / 60:.1f} min" if self.left_s >= 90 else f"{self.left_s:.0f} s"
+        return (
+            f"step {self.step}/{self.steps}  epoch {self.epoch}  loss {self.loss:.4f}  "
+            f"{self.rows_per_s:,.0f} rows/s  {_agents(self.agents)}  {left} left"
+        )
+
+
+@dataclass(frozen=True)
+class StepSkipped(Event):
+    step: int
+    reason: str
+
+    def text(self) -> str:
+        return f"step {self.step} left the weights as they were: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    step: int
+    metrics: dict[str, float]
+
+    def text(self) -> str:
+        return f"after step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.metrics.items())
+
+
+@dataclass(frozen=True)
+class CheckpointWritten(Event):
+    step: int
+    path: str
+    seconds: float
+
+    def text(self) -> str:
+        return f"checkpoint of step {self.step} written to {self.path} in {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    step: int
+    weights_digest: str
+    reason: str
+
+    def text(self) -> str:
+        return f"finished after step {self.step} ({self.reason}), weights {self.weights_digest[:16]}"
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    step: int
+    error: str
+
+    def text(self) -> str:
+        return f"failed at step {self.step}: {self.error}"
+
+
+def _agents(count: int) -> str:
+    return "1 agent" if count == 1 else f"{count} agents"
+
+
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+
+
+def parse(line: str) -> Event:
+    """The event that a line of the log holds."""
+    fields = json.loads(line)
+    return KINDS[fields.pop("event")](**fields)
+
+
+class EventLog:
+    """All events of this attempt so far, for any number of readers in any thread."""
+
+    def __init__(self, sinks: tuple[Callable[[Event], None], ...] = ()):
+        self._events: list[Event] = []
+        self._sinks = sinks
+        self._changed = threading.Condition()
+        self._closed = False  # once true, nothing is added any more
+
+    def add(self, event: Event) -> None:
+        for sink in self._sinks:
+            sink(event)
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def follow(self) -> Iterator[Event]:
+        """All events from the first one on, as they come, until the run has ended."""
+        at = 0
+        while True:
+            with self._changed:
+                while at == len(self._events) and not self._closed:
+                    self._changed.wait()
+                fresh = self._events[at:]
+            if not fresh:
+                return
+            yield from fresh
+            at += len(fresh)

@@ -1,0 +1,84 @@
+"""Who should take part: pure decisions from what was observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class View:
+    """What the driver sees. A replica is one agent, or the agents that together hold one.
+
+    Attributes:
+        minimum, maximum: replicas that the user allows.
+        workers: virtual workers; more replicas than these would have nothing to do.
+        target: replicas that the user asked for at last (`resize`), or the maximum.
+        members: of the present generation, in the order in which they joined. Empty before the first one.
+        ready: built and admitted, waiting for a step boundary, in the order in which they became ready.
+        starting: asked for and not ready yet.
+        leaving: members that must go (told so by the user or by their node).
+        exactly: form no generation with another number of replicas than this (tests name it); None: any allowed.
+    """
+
+    minimum: int
+    maximum: int
+    workers: int
+    target: int
+    members: tuple[str, ...] = ()
+    ready: tuple[str, ...] = ()
+    starting: int = 0
+    leaving: frozenset[str] = frozenset()
+    exactly: int | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that there should be."""
+        if self.exactly is not None:
+            return self.exactly
+        return max(self.minimum, min(self.target, self.maximum, self.workers))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do.
+
+    Attributes:
+        members: the next generation's, or None: no new generation now.
+        joining, leaving: how it differs from the present one.
+        ask: replicas to ask the cluster for.
+        withdraw: starting replicas that are not wanted any more.
+        reason: in plain words.
+    """
+
+    members: tuple[str, ...] | None
+    joining: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    ask: int = 0
+    withdraw: int = 0
+    reason: str = ""
+
+
+def decide(view: View) -> Decision:
+    """The next generation's members and what to ask the cluster for.
+
+    Members stay unless they must leave or there are more than wanted (then the newest go). Newcomers join in the order
+    in which they became ready. A generation below the minimum is never formed.
+    """
+    staying = [m for m in view.members if m not in view.leaving]
+    surplus = staying[view.wanted :]
+    staying = staying[: view.wanted]
+    joining = view.ready[: view.wanted - len(staying)]
+    lacking = view.wanted - len(staying) - len(view.ready) - view.starting
+    ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
+    members = (*staying, *joining)
+    leaving = tuple(m for m in view.members if m in view.leaving or m in surplus)
+    least = view.exactly if view.exactly is not None else view.minimum
+    if len(members) < least:
+        reason = f"{len(members)} of at least {least} replicas are there, {view.starting + ask} are starting"
+        return Decision(None, ask=ask, withdraw=withdraw, reason=reason)
+    if members == view.members:
+        return Decision(None, ask=ask, withdraw=withdraw, reason="nothing changed")
+    words = [f"{', '.join(joining)} joining"] if joining and view.members else []
+    words += [f"{', '.join(leaving)} leaving"] if leaving else []
+    reason = " and ".join(words) or f"the first {len(members)} are ready"
+    return Decision(members, joining, leaving, ask, withdraw, reason)

@@ -1,0 +1,354 @@
+"""The public face: `Trainer`, and the `Handle` of a run under way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import pandas as pd
+import ray
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
+
+from ray_dnn.agent import Job
+from ray_dnn.cluster import Places
+from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.driver import Driver, Outcome, Size
+from ray_dnn.engine.numerics import environment
+from ray_dnn.errors import ConfigError, UserCodeError
+from ray_dnn.events import Event, EventLog, RunStarted
+from ray_dnn.feed import BlockIndex, index_dataset
+from ray_dnn.sampler import RowOrder, Schedule
+from ray_dnn.storage import EVENTS, RunFolder
+from ray_dnn.strategies import DataParallel, Strategy
+
+logger = logging.getLogger("ray_dnn")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains a network over an elastic set of agents on a Ray cluster.
+
+    What is learned depends on the spec, the datasets, the config and the strategy; not on how many agents there are.
+
+    Attributes:
+        spec: the functions that make up the job.
+        datasets: ``{"train": …}`` and any further ones, which are evaluated. Ray Datasets that fit the object store.
+        config: the job's numbers.
+        strategy: what virtual workers compute and what is done with the result.
+        scaling_config: Ray Train's own class. ``num_workers=(least, most)`` agents, or one number.
+        run_config: Ray Train's own class: name, storage, environment of the agents.
+        replica_size: agents that together hold one replica of the model (see `ray_dnn.parallel`).
+        start_from, load: old weights to begin a new run with.
+
+    Raises:
+        ConfigError: something cannot be done as it was asked for. Nothing has been started.
+    """
+
+    spec: TrainSpec
+    datasets: Mapping[str, Any]
+    config: TrainConfig
+    strategy: Strategy = field(default_factory=DataParallel)
+    scaling_config: ScalingConfig = field(default_factory=ScalingConfig)
+    run_config: RunConfig = field(default_factory=RunConfig)
+    replica_size: int = 1
+    start_from: Any = None
+    load: str = "weights"
+
+    def __post_init__(self) -> None:
+        if "train" not in self.datasets:
+            raise ConfigError(f"datasets has {sorted(self.datasets)}; it must have 'train'.")
+        if len(self.datasets) > 1 and self.spec.evaluate is None:
+            extra = sorted(set(self.datasets) - {"train"})
+            raise ConfigError(f"datasets has {extra} to evaluate, but TrainSpec.evaluate is None. Give the function.")
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy={self.strategy!r}: must be a ray_dnn.Strategy.")
+        if self.config.checkpoint_every is not None:
+            raise ConfigError(
+                f"TrainConfig(checkpoint_every={self.config.checkpoint_every}): checkpoints during training are not "
+                "supported yet. Leave it None: the weights are written at the end, and by handle.checkpoint()."
+            )
+        if self.start_from is not None:
+            raise ConfigError("Trainer(start_from=…) is not supported yet. Load the weights in build_model.")
+        _check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
+        _check_run(self.run_config)
+
+    def fit(self) -> Result:
+        """Train to the end.
+
+        Returns:
+            ``metrics`` holds the last step's and the last evaluation's metrics, ``weights_digest``, ``steps``, ``rows``,
+            ``agents`` and ``same_bits``; ``metrics_dataframe`` the evaluations; ``checkpoint`` the weights.
+
+        Raises:
+            ray.train.TrainingFailedError: with the user's exception or a `ray_dnn.errors` one as its cause.
+            KeyboardInterrupt: after Ctrl-C, when all agents have ended.
+        """
+        handle = self.start()
+        with _ending_on_signals(handle):
+            return handle.result()
+
+    def start(self) -> Handle:
+        """Start training in the background."""
+        return self._start({})
+
+    def _start(self, script: dict[int, int]) -> Handle:
+        if not ray.is_initialized():
+            ray.init()
+        _show_log()
+        indexes = {name: index_dataset(name, dataset) for name, dataset in self.datasets.items()}
+        job = self._job(indexes)
+        run = self.run_config
+        if run.storage_path is None or run.name is None:
+            raise ConfigError("RunConfig needs a storage_path and a name.")
+        folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
+        return Handle(self, job, Size(*self._replicas(), script), folder)
+
+    def _replicas(self) -> tuple[int, int]:
+        scaling = self.scaling_config
+        return scaling.min_workers // self.replica_size, scaling.max_workers // self.replica_size
+
+    def _job(self, indexes: dict[str, BlockIndex]) -> Job:
+        config = self.config
+        rows = indexes["train"].rows
+        window = {"none": 0, "windowed": config.shuffle_window, "global": rows}[config.shuffle]
+        schedule = Schedule(
+            rows=rows,
+            batch_size=config.batch_size,
+            virtual_workers=config.virtual_workers,
+            min_rows=config.min_rows,
+            local_batches=self.strategy.local_batches,
+            epochs=config.epochs,
+            steps=config.steps,
+        )
+        order = RowOrder(rows, config.seed, window)
+        secret = secrets.token_bytes(32)
+        return Job(self.spec, config, self.strategy, indexes, order, schedule, secret, self.replica_size)
+
+    def _places(self) -> Places:
+        scaling = self.scaling_config
+        runtime_env = dict(self.run_config.worker_runtime_env or {})
+        given = dict(runtime_env.get("env_vars", {}))
+        needed = environment(self.config)
+        for name in set(given) & set(needed):
+            if given[name] != needed[name]:
+                raise ConfigError(
+                    f"RunConfig(worker_runtime_env): env_vars has {name}={given[name]!r}, but the job's numerics need "
+                    f"{needed[name]!r}. Leave it out; TrainConfig(num_threads, cpu_isa) set it."
+                )
+        runtime_env["env_vars"] = given | needed
+        resources = {k: float(v) for k, v in scaling._resources_per_worker_not_none.items() if v}
+        labels = scaling.label_selector
+        assert labels is None or isinstance(labels, dict)
+        return Places(resources, str(scaling.placement_strategy), labels, runtime_env)
+
+
+class Handle:
+    """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
+
+    def __init__(self, trainer: Trainer, job: Job, size: Size, folder: RunFolder):
+        self._trainer, self._folder = trainer, folder
+        self._file = folder.append_file(EVENTS)
+        self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
+        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": job.order.rows}
+        name = str(trainer.run_config.name)
+        self._log.add(RunStarted(name, folder.path, folder.attempt, about))
+        self._driver = Driver(job, size, trainer._places(), folder, self._log)
+        self._outcome: Future[Outcome] = Future()
+        self._thread = threading.Thread(target=self._run, name="ray_dnn-driver")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome.set_result(self._driver.run())
+        except BaseException as error:
+            self._outcome.set_exception(error)
+        finally:
+            self._log.close()
+            self._file.close()
+
+    def events(self) -> Iterator[Event]:
+        """All events from the first one on, as they come, until the run has ended. Any number of readers."""
+        return self._log.follow()
+
+    def stop(self) -> None:
+        """Stop at the next step boundary; evaluate and write the weights as at the end."""
+        self._driver.request("stop")
+
+    def checkpoint(self) -> Checkpoint:
+        """Write the weights at the next step boundary, and wait for it."""
+        path = self._driver.request("checkpoint").result()
+        return Checkpoint(path, self._folder.filesystem)
+
+    def resize(self, agents: int) -> None:
+        """Ask for another number of agents. Newcomers join when they are ready; others leave at the next boundary.
+
+        Raises:
+            ConfigError: it is outside of ``ScalingConfig.num_workers``.
+        """
+        scaling, size = self._trainer.scaling_config, self._trainer.replica_size
+        if not scaling.min_workers <= agents <= scaling.max_workers or agents % size:
+            raise ConfigError(
+                f"resize({agents}): must be from {scaling.min_workers} to {scaling.max_workers}, as ScalingConfig "
+                f"allows{f', and a multiple of replica_size={size}' if size > 1 else ''}."
+            )
+        self._driver.request("resize", agents // size)
+
+    def result(self) -> Result:
+        """Wait for the end. Returns and raises what `Trainer.fit` does."""
+        outcome = self._outcome.result()
+        self._thread.join()
+        if outcome.error is not None:
+            raise _failure(outcome) from _cause(outcome)
+        folder = self._folder
+        assert outcome.checkpoint_path is not None
+        checkpoint = Checkpoint(outcome.checkpoint_path, folder.filesystem)
+        metrics = outcome.metrics | {"weights_digest": outcome.weights_digest}
+        return Result(
+            metrics=metrics,
+            checkpoint=checkpoint,
+            error=None,
+            path=folder.path,
+            metrics_dataframe=pd.DataFrame(outcome.history) if outcome.history else None,
+            best_checkpoints=[(checkpoint, metrics)],
+            _storage_filesystem=folder.filesystem,
+        )
+
+    def _interrupt(self) -> None:
+        """End all agents at once."""
+        self._driver.request("interrupt")
+        self._thread.join()
+
+
+def _failure(outcome: Outcome) -> TrainingFailedError:
+    error = outcome.error
+    return TrainingFailedError(f"Training failed at step {outcome.step}. {type(error).__name__}: {error}")
+
+
+def _cause(outcome: Outcome) -> Exception:
+    """The user's own exception where user code raised, with the agent's traceback as its cause."""
+    error = outcome.error
+    assert error is not None
+    if isinstance(error, UserCodeError) and outcome.cause is not None:
+        outcome.cause.__cause__ = error
+        return outcome.cause
+    return error
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def _check_scaling(scaling: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> None:
+    least, most = scaling.min_workers, scaling.max_workers
+    shown = f"ScalingConfig(num_workers={scaling.num_workers})"
+    if least < 1:
+        raise ConfigError(f"{shown}: training inside the driver is not supported. Use at least 1.")
+    if replica_size < 1 or least % replica_size or most % replica_size:
+        raise ConfigError(f"{shown}: both numbers must be multiples of replica_size={replica_size}.")
+    if least // replica_size > config.virtual_workers:
+        raise ConfigError(
+            f"{shown}: a job with virtual_workers={config.virtual_workers} has work for at most "
+            f"{config.virtual_workers * replica_size} agents. Use fewer agents or more virtual workers."
+        )
+    if strategy.worker_state == "mirrored" and least // replica_size < 2:
+        raise ConfigError(
+            f"{shown}: {type(strategy).__name__} keeps mirrored worker states, which need a second agent to hold the "
+            f"mirror. Use at least {2 * replica_size}."
+        )
+    for name, why in (("use_gpu", "GPUs are"), ("use_tpu", "TPUs are"), ("topology", "TPUs are")):
+        if getattr(scaling, name):
+            raise ConfigError(
+                f"ScalingConfig({name}={getattr(scaling, name)!r}): {why} not supported yet. Leave it out."
+            )
+    if scaling.accelerator_type:
+        raise ConfigError(
+            f"ScalingConfig(accelerator_type={scaling.accelerator_type!r}): not supported yet. Leave it out, or ask for "
+            "nodes with label_selector."
+        )
+    if isinstance(scaling.label_selector, list):
+        raise ConfigError("ScalingConfig(label_selector=[…]): one selector an agent is not supported. Give one dict.")
+    if scaling.elasticity_enabled and least < most and str(scaling.placement_strategy).startswith("STRICT"):
+        raise ConfigError(
+            f"ScalingConfig(placement_strategy={scaling.placement_strategy!r}): cannot be kept while agents join. Use "
+            "PACK or SPREAD, or a fixed number of agents."
+        )
+
+
+def _check_run(run: RunConfig) -> None:
+    if run.callbacks:
+        raise ConfigError("RunConfig(callbacks=…): not supported. Follow handle.events() instead.")
+    if run.logging_config is not None and run.logging_config != LoggingConfig():
+        raise ConfigError("RunConfig(logging_config=…): not supported. Configure the logger 'ray_dnn' instead.")
+    if (run.checkpoint_config or CheckpointConfig()) != CheckpointConfig():
+        raise ConfigError(
+            f"RunConfig(checkpoint_config={run.checkpoint_config}): there is one checkpoint, at the end; which ones to keep "
+            "cannot be chosen yet. Leave it out."
+        )
+    failure, default = run.failure_config or FailureConfig(), FailureConfig()
+    for name in (
+        "max_failures",
+        "controller_failure_limit",
+        "max_preemption_failures",
+        "relax_collectives_on_preemption",
+        "preemption_grace_s",
+    ):
+        if getattr(failure, name, None) != getattr(default, name, None):
+            raise ConfigError(
+                f"FailureConfig({name}={getattr(failure, name)!r}): going on after a death is not supported yet. Leave it "
+                "out; a run whose agent dies ends with a clear error."
+            )
+
+
+# -- signals and logging -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _ending_on_signals(handle: Handle) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run's agents before they end this process."""
+
+    def on_term(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    # Ray replaces handlers that are installed before ray.init(); by now it has been called.
+    before = signal.signal(signal.SIGTERM, on_term) if main else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        handle._interrupt()
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _show_log() -> None:
+    """Show the log on the console unless the application has set up logging."""
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(os.environ.get("RAY_DNN_LOG_LEVEL", "INFO"))
+
+
+def _log_event(event: Event) -> None:
+    logger.info(event.text())

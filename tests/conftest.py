@@ -1,0 +1,77 @@
+"""What every test can count on: Ray's state in a directory of its own, and no process left behind.
+
+Ray reads its environment once, while it is imported, so the settings below are made when this file is loaded, which is
+before pytest imports the first test.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Short: Ray puts Unix sockets below it, and the path of a socket ends at 107 bytes. Fresh: a stale cluster address in
+# it would make ray.init() join a cluster that is dead. Unique: inherited, it marks every process that the tests start.
+RAY_DIR = tempfile.mkdtemp(prefix="rd-", dir="/tmp")
+
+os.environ |= {
+    "RAY_TMPDIR": RAY_DIR,
+    "RAY_AUTH_MODE": "disabled",  # unset, ray.init() would write a token into the home directory
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(RAY_DIR, ignore_errors=True)
+
+
+def our_processes() -> dict[int, str]:
+    """Pid and command line of every living process that inherited this session's RAY_TMPDIR."""
+    marker = f"RAY_TMPDIR={RAY_DIR}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:  # a zombie's environment is empty; a process may end while it is looked at, or be another user's
+            if marker in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+        except OSError:
+            continue
+    return found
+
+
+def wait_for_exit(before: set[int], seconds: float) -> dict[int, str]:
+    """The processes that were not there before and are still there after at most so many seconds."""
+    deadline = time.monotonic() + seconds
+    while left := {pid: command for pid, command in our_processes().items() if pid not in before}:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of one node with 16 logical CPUs, for all tests of a module; gone without a trace afterwards."""
+    import ray
+
+    before = set(our_processes())
+    ray.init(
+        address="local",  # always a new one, whatever else runs on this machine
+        num_cpus=16,
+        object_store_memory=300 * 2**20,
+        include_dashboard=False,
+    )
+    yield
+    ray.shutdown()
+    left = wait_for_exit(before, seconds=10)
+    for pid in left:  # reported below, but not handed on to the tests that follow
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, f"this module left processes behind: {left}"
