@@ -218,7 +218,10 @@ def windows(texts: Sequence[Text], context: int) -> Bytes:
     """
     joined = np.frombuffer(b"".join(SEPARATOR + text.data for text in texts), np.uint8)
     if len(joined) <= context:
-        raise ValueError(f"{len(joined):,} bytes are less than one row of {context + 1}")
+        raise ValueError(
+            f"{len(joined):,} bytes on one side of the split are less than a context and one, {context + 1:,}; "
+            "name more text, or give a smaller --context"
+        )
     return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(joined, context + 1)[::context])
 
 
@@ -336,9 +339,9 @@ def whole(text: str) -> int:
 
 def span(text: str) -> tuple[int, int]:
     """``MIN:MAX`` or a single number."""
-    least, _, most = text.partition(":")
+    least, colon, most = text.partition(":")
     try:
-        bounds = whole(least), whole(most or least)
+        bounds = whole(least), whole(most if colon else least)
     except argparse.ArgumentTypeError:
         bounds = (1, 0)
     if bounds[0] > bounds[1]:

@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Command:
-    """A decision of the driver, as agents hold it: stop before the first step from ``at_step`` on at which all hold it."""
+    """A decision of the driver: stop before the first step, from ``at_step`` on, at which every agent holds it."""
 
     number: int
     at_step: int = 0
@@ -194,7 +194,7 @@ class Agent:
             self._commands[command.number] = command
 
     def reports(self, after: int, wait_s: float) -> list[StepReport]:
-        """Committed steps behind step ``after``, as soon as there are some; [] after ``wait_s`` or when none will come."""
+        """Committed steps behind ``after``, as soon as there are some; [] after ``wait_s`` or when none will come."""
         with self._changed:
             self._trim(after)
             if not self._reports and self._running:
@@ -304,9 +304,8 @@ class Agent:
     def _due(self, step: int, held: int) -> int | None:
         """The newest decision that every agent holds and whose step has come: the same answer on every agent."""
         with self._changed:
-            return max(
-                (c.number for c in self._commands.values() if c.number <= held and step >= c.at_step), default=None
-            )
+            due = (c.number for c in self._commands.values() if c.number <= held and step >= c.at_step)
+            return max(due, default=None)
 
 
 class _LostPeerError(RayDnnError):

@@ -1,7 +1,7 @@
 """Weights on storage: safetensors, and a manifest that is written last.
 
-A checkpoint is what its manifest says, or it is nothing: the manifest names every file with its size and SHA-256, and is
-written only when all of them are complete. Nothing in a checkpoint is ever executed by loading it.
+A checkpoint is what its manifest says, or it is nothing: the manifest names every file with its size and SHA-256, and
+is written only when all of them are complete. Nothing in a checkpoint is ever executed by loading it.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def read_manifest(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any
         with filesystem.open_input_file(f"{path}/{MANIFEST}") as file:
             manifest = json.loads(file.read())
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} has no {MANIFEST}: not a checkpoint, or one that was never completed."
-        ) from error
+        raise CheckpointError(f"{path} has no {MANIFEST}: no checkpoint, or one never completed.") from error
     except ValueError as error:
         raise CheckpointError(f"{path}/{MANIFEST} is not JSON: the checkpoint was never completed.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != 1:

@@ -88,6 +88,8 @@ class Driver:
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[tuple[str, Future[Any]]] = []  # what the user asked for, to be done at the next boundary
         self._false_starts = 0
+        self._reference: Replica | None = None  # whose first contribution newcomers must equal
+        self._early: list[Replica] = []  # ready before there is a reference
         self._exact = True  # whether all admitted agents computed the same bits
         self.outcome = Outcome()
 
@@ -131,20 +133,25 @@ class Driver:
     def _on_ready(self, replica: Replica) -> None:
         self._false_starts = 0
         if self._admit(replica):
+            early, self._early = self._early, []
+            for other in early:
+                self._on_ready(other)
             self._consider()
 
     def _admit(self, replica: Replica) -> bool:
         """Compare the newcomer's first contribution with the reference."""
         if replica.first:
             self._reference = replica
-        elif not hasattr(self, "_reference"):
+        elif self._reference is None:
             # The first agent computes everything twice; whoever is ready before it waits for its verdict.
-            self._loop.later(0.02, lambda: replica.stage is Stage.READY and self._on_ready(replica))
+            self._early.append(replica)
             return False
+        assert self._reference is not None
         same = True
         for rank, built in enumerate(replica.built):
             known = self._reference.built[rank]
-            assert built is not None and known is not None
+            assert built is not None
+            assert known is not None
             if built.first.suspects:
                 self._log.add(HiddenStateSuspected(list(built.first.suspects)))
             if (built.first.digest, built.state_digest) == (known.first.digest, known.state_digest):
@@ -159,8 +166,11 @@ class Driver:
         return True
 
     def _refuse(self, replica: Replica, rank: int) -> None:
+        assert self._reference is not None
         built, known, hello = replica.built[rank], self._reference.built[rank], replica.hellos[rank]
-        assert built and known and hello
+        assert built
+        assert known
+        assert hello
         what = difference(known.first, built.first) or "the weights as built"
         profiles = {k: (v, built.profile[k]) for k, v in known.profile.items() if built.profile[k] != v}
         why = f"; its profile differs: {profiles}" if profiles else ""
@@ -170,9 +180,9 @@ class Driver:
         if not self._members:
             self._fail(
                 AdmissionError(
-                    f"{replica.names[rank]} on {hello.host} was refused: {reason}. Use machines and libraries of one kind, "
-                    "make sure that build_model depends on the seeded global generators alone, or give up equal bits "
-                    "with TrainConfig(deterministic=False)."
+                    f"{replica.names[rank]} on {hello.host} was refused: {reason}. Use machines and libraries of one "
+                    "kind, make sure that build_model depends on the seeded global generators alone, or give up equal "
+                    "bits with TrainConfig(deterministic=False)."
                 )
             )
 
@@ -205,7 +215,7 @@ class Driver:
             workers=self._job.config.virtual_workers,
             target=self._target,
             members=tuple(r.name for r in self._members),
-            ready=tuple(r.name for r in self._fleet.staged(Stage.READY) if hasattr(self, "_reference")),
+            ready=tuple(r.name for r in self._fleet.staged(Stage.READY) if r not in self._early),
             starting=len(self._fleet.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)),
             exactly=script[max(script)] if script else None,
         )
@@ -251,8 +261,8 @@ class Driver:
         self._plan = plan = lay(self._generation, self._job.config.virtual_workers, self._recorder.speeds(members))
         if self._job.strategy.worker_state == "mirrored" and plan.replicas < 2:
             raise ConfigError(
-                f"{type(self._job.strategy).__name__} keeps mirrored worker states, which need a second agent to hold the "
-                "mirror. Use ScalingConfig(num_workers=(2, …)) or more."
+                f"{type(self._job.strategy).__name__} keeps mirrored worker states, which need a second agent to hold "
+                "the mirror. Use ScalingConfig(num_workers=(2, …)) or more."
             )
         for step, count in self._size.script.items():
             if step > self._recorder.steps and not any(c.at_step == step for c in self._pending.values()):

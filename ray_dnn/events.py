@@ -93,8 +93,8 @@ class HiddenStateSuspected(Event):
 
     def text(self) -> str:
         return (
-            f"state outside of the model changed while it computed: {', '.join(self.names)}. The first contributions had "
-            "equal bits all the same; make sure that results do not depend on it"
+            f"state outside of the model changed while it computed: {', '.join(self.names)}. The first contributions "
+            "had equal bits all the same; make sure that results do not depend on it"
         )
 
 

@@ -130,11 +130,13 @@ def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Ten
         ConfigError: a column has no numbers, or ragged ones.
     """
     batch = {}
-    for name, array in BlockAccessor.for_block(rows).to_numpy().items():
+    columns = BlockAccessor.for_block(rows).to_numpy(list(rows.column_names))
+    assert isinstance(columns, dict)
+    for name, array in columns.items():
         if array.dtype == object or array.dtype.kind not in "biuf":
             raise ConfigError(
-                f"The column {name!r} has type {rows.schema.field(name).type}, of which no tensor can be made as it is. "
-                "Give TrainSpec(collate=…)."
+                f"The column {name!r} has type {rows.schema.field(name).type}, of which no tensor can be made as it "
+                "is. Give TrainSpec(collate=…)."
             )
         batch[name] = torch.tensor(array)  # a copy: the object store's memory is read-only
     return batch

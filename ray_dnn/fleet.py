@@ -189,11 +189,9 @@ class Fleet:
         last = [agent.acknowledge.remote(-1) for replica in replicas for agent in replica.agents]
         if not last:
             return
-        done, late = ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
+        _, late = ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
         if late:
-            raise AgentLostError(
-                f"{len(late)} agents were told to end and are still there after {_KILL_TIMEOUT_S:g} s."
-            )
+            raise AgentLostError(f"{len(late)} agents were told to end and are there {_KILL_TIMEOUT_S:g} s later.")
 
 
 def call_all(references: list[Any], timeout_s: float) -> list[Any]:

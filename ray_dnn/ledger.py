@@ -1,8 +1,8 @@
 """The ledger: which rows were used in which committed step by which virtual worker.
 
-The order of rows is a pure function of the job, so a line of the ledger needs no row numbers: it holds, for each virtual
-worker, how many rows it used and a checksum of their numbers, taken from the rows it really read. Reading the ledger
-computes the row numbers anew and compares the checksums.
+The order of rows is a pure function of the job, so a line of the ledger needs no row numbers: it holds, for each
+virtual worker, how many rows it used and a checksum of their numbers, taken from the rows it really read. Reading the
+ledger computes the row numbers anew and compares the checksums.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ class Ledger:
                 parts = [self.head.order.at(p.epoch, p.start, p.stop) for p in pieces]
                 ids = np.concatenate(parts)
                 if len(ids) != rows or (rows and row_checksum(parts) != digest):
-                    raise LedgerError(
-                        f"Step {line.step}, virtual worker {worker}: used other rows than {ids.tolist()}."
-                    )
+                    raise LedgerError(f"Step {line.step}, virtual worker {worker} did not use the rows {ids.tolist()}.")
                 if rows:
                     yield Use(line.step, pieces[0].epoch, worker, ids)
 

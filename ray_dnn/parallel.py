@@ -1,10 +1,11 @@
 """Replica groups: models whose one replica spans several agents.
 
-A model built inside a replica group asks `current_group` for its rank and size, keeps its part of the weights, and marks
-each divided parameter with `mark_shard`. Groups reduce in a fixed order, so a replica's results do not depend on timing.
+A model built inside a replica group asks `current_group` for its rank and size, keeps its part of the weights, and
+marks each divided parameter with `mark_shard`. Groups reduce in a fixed order, so a replica's results do not depend on
+timing.
 
-`ColumnParallelLinear` and `RowParallelLinear` are the two halves of a tensor-parallel MLP (Shoeybi et al., "Megatron-LM",
-2019, section 3).
+`ColumnParallelLinear` and `RowParallelLinear` are the two halves of a tensor-parallel MLP (Shoeybi et al.,
+"Megatron-LM", 2019, section 3).
 """
 
 from __future__ import annotations
@@ -129,6 +130,16 @@ class _SumOverGroup(torch.autograd.Function):
         return grads[0]
 
 
+def _copy_to_group(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _CopyToGroup.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _sum_over_group(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _SumOverGroup.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose outputs are divided over the group. x: (..., inputs) -> (..., outputs / group size)."""
 
@@ -142,7 +153,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = mark_shard(nn.Parameter(whole.bias.detach().chunk(group.size)[group.rank].clone()), 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(_CopyToGroup.apply(x), self.weight, self.bias)
+        return functional.linear(_copy_to_group(x), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -159,4 +170,4 @@ class RowParallelLinear(nn.Module):
         self.bias = nn.Parameter(whole.bias.detach().clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _SumOverGroup.apply(functional.linear(x, self.weight)) + self.bias
+        return _sum_over_group(functional.linear(x, self.weight)) + self.bias

@@ -188,7 +188,7 @@ class Schedule:
 
     def smallest_computation(self, microbatch_size: int | None) -> int:
         """The fewest rows that any one computation of the job sees (what decides whether BatchNorm can work)."""
-        sizes = set()
+        sizes: set[int] = set()
         for batch in {0, self.batches_per_epoch - 1}:
             start, stop = self._bounds(batch)
             for count in set(split_evenly(stop - start, self.virtual_workers, self.min_rows)) - {0}:

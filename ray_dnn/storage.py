@@ -38,8 +38,8 @@ class RunFolder:
             earlier = self.attempts()
         except OSError as error:
             raise ConfigError(
-                f"RunConfig(storage_path={storage_path!r}): {self.path} cannot be used: {error}. Give a folder that can "
-                "be written."
+                f"RunConfig(storage_path={storage_path!r}): {self.path} cannot be used: {error}. Give a folder "
+                "that can be written."
             ) from error
         self.attempt = max(earlier, default=0) + 1
 

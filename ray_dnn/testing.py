@@ -22,7 +22,7 @@ def start_resizing(trainer: Trainer, sizes: Mapping[int, int]) -> Handle:
     Raises:
         ConfigError: a size is outside of what the trainer's ScalingConfig allows.
     """
-    least, most = trainer._replicas()
+    least, most = trainer._limits().least, trainer._limits().most
     if 0 not in sizes or not all(least <= size <= most for size in sizes.values()):
         raise ConfigError(f"sizes={dict(sizes)}: must name step 0, and sizes from {least} to {most}.")
     return trainer._start(dict(sizes))

@@ -15,27 +15,17 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import ray
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-)
+from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, TrainingFailedError
 
 from ray_dnn.agent import Job
-from ray_dnn.cluster import Places
 from ray_dnn.config import TrainConfig, TrainSpec
 from ray_dnn.driver import Driver, Outcome, Size
-from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import Event, EventLog, RunStarted
 from ray_dnn.feed import BlockIndex, index_dataset
+from ray_dnn.limits import Limits, check_run, check_scaling
 from ray_dnn.sampler import RowOrder, Schedule
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
@@ -88,15 +78,15 @@ class Trainer:
             )
         if self.start_from is not None:
             raise ConfigError("Trainer(start_from=…) is not supported yet. Load the weights in build_model.")
-        _check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
-        _check_run(self.run_config)
+        check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
+        check_run(self.run_config, self.config)
 
     def fit(self) -> Result:
         """Train to the end.
 
         Returns:
-            ``metrics`` holds the last step's and the last evaluation's metrics, ``weights_digest``, ``steps``, ``rows``,
-            ``agents`` and ``same_bits``; ``metrics_dataframe`` the evaluations; ``checkpoint`` the weights.
+            ``metrics`` holds the last step's and the last evaluation's metrics, ``weights_digest``, ``steps``,
+            ``rows``, ``agents`` and ``same_bits``; ``metrics_dataframe`` the evaluations; ``checkpoint`` the weights.
 
         Raises:
             ray.train.TrainingFailedError: with the user's exception or a `ray_dnn.errors` one as its cause.
@@ -120,11 +110,10 @@ class Trainer:
         if run.storage_path is None or run.name is None:
             raise ConfigError("RunConfig needs a storage_path and a name.")
         folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
-        return Handle(self, job, Size(*self._replicas(), script), folder)
+        return Handle(self, job, Size(self._limits().least, self._limits().most, script), folder)
 
-    def _replicas(self) -> tuple[int, int]:
-        scaling = self.scaling_config
-        return scaling.min_workers // self.replica_size, scaling.max_workers // self.replica_size
+    def _limits(self) -> Limits:
+        return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
     def _job(self, indexes: dict[str, BlockIndex]) -> Job:
         config = self.config
@@ -143,23 +132,6 @@ class Trainer:
         secret = secrets.token_bytes(32)
         return Job(self.spec, config, self.strategy, indexes, order, schedule, secret, self.replica_size)
 
-    def _places(self) -> Places:
-        scaling = self.scaling_config
-        runtime_env = dict(self.run_config.worker_runtime_env or {})
-        given = dict(runtime_env.get("env_vars", {}))
-        needed = environment(self.config)
-        for name in set(given) & set(needed):
-            if given[name] != needed[name]:
-                raise ConfigError(
-                    f"RunConfig(worker_runtime_env): env_vars has {name}={given[name]!r}, but the job's numerics need "
-                    f"{needed[name]!r}. Leave it out; TrainConfig(num_threads, cpu_isa) set it."
-                )
-        runtime_env["env_vars"] = given | needed
-        resources = {k: float(v) for k, v in scaling._resources_per_worker_not_none.items() if v}
-        labels = scaling.label_selector
-        assert labels is None or isinstance(labels, dict)
-        return Places(resources, str(scaling.placement_strategy), labels, runtime_env)
-
 
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
@@ -171,7 +143,9 @@ class Handle:
         about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": job.order.rows}
         name = str(trainer.run_config.name)
         self._log.add(RunStarted(name, folder.path, folder.attempt, about))
-        self._driver = Driver(job, size, trainer._places(), folder, self._log)
+        self._driver = Driver(
+            job, size, trainer._limits().places(trainer.run_config, trainer.config), folder, self._log
+        )
         self._outcome: Future[Outcome] = Future()
         self._thread = threading.Thread(target=self._run, name="ray_dnn-driver")
         self._thread.start()
@@ -204,11 +178,11 @@ class Handle:
         Raises:
             ConfigError: it is outside of ``ScalingConfig.num_workers``.
         """
-        scaling, size = self._trainer.scaling_config, self._trainer.replica_size
-        if not scaling.min_workers <= agents <= scaling.max_workers or agents % size:
+        limits, size = self._trainer._limits(), self._trainer.replica_size
+        if not limits.least * size <= agents <= limits.most * size or agents % size:
             raise ConfigError(
-                f"resize({agents}): must be from {scaling.min_workers} to {scaling.max_workers}, as ScalingConfig "
-                f"allows{f', and a multiple of replica_size={size}' if size > 1 else ''}."
+                f"resize({agents}): must be from {limits.least * size} to {limits.most * size}, as ScalingConfig allows"
+                f"{f', and a multiple of replica_size={size}' if size > 1 else ''}."
             )
         self._driver.request("resize", agents // size)
 
@@ -251,73 +225,6 @@ def _cause(outcome: Outcome) -> Exception:
         outcome.cause.__cause__ = error
         return outcome.cause
     return error
-
-
-# -- what is refused -----------------------------------------------------------------------------------------------------
-
-
-def _check_scaling(scaling: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> None:
-    least, most = scaling.min_workers, scaling.max_workers
-    shown = f"ScalingConfig(num_workers={scaling.num_workers})"
-    if least < 1:
-        raise ConfigError(f"{shown}: training inside the driver is not supported. Use at least 1.")
-    if replica_size < 1 or least % replica_size or most % replica_size:
-        raise ConfigError(f"{shown}: both numbers must be multiples of replica_size={replica_size}.")
-    if least // replica_size > config.virtual_workers:
-        raise ConfigError(
-            f"{shown}: a job with virtual_workers={config.virtual_workers} has work for at most "
-            f"{config.virtual_workers * replica_size} agents. Use fewer agents or more virtual workers."
-        )
-    if strategy.worker_state == "mirrored" and least // replica_size < 2:
-        raise ConfigError(
-            f"{shown}: {type(strategy).__name__} keeps mirrored worker states, which need a second agent to hold the "
-            f"mirror. Use at least {2 * replica_size}."
-        )
-    for name, why in (("use_gpu", "GPUs are"), ("use_tpu", "TPUs are"), ("topology", "TPUs are")):
-        if getattr(scaling, name):
-            raise ConfigError(
-                f"ScalingConfig({name}={getattr(scaling, name)!r}): {why} not supported yet. Leave it out."
-            )
-    if scaling.accelerator_type:
-        raise ConfigError(
-            f"ScalingConfig(accelerator_type={scaling.accelerator_type!r}): not supported yet. Leave it out, or ask for "
-            "nodes with label_selector."
-        )
-    if isinstance(scaling.label_selector, list):
-        raise ConfigError("ScalingConfig(label_selector=[…]): one selector an agent is not supported. Give one dict.")
-    if scaling.elasticity_enabled and least < most and str(scaling.placement_strategy).startswith("STRICT"):
-        raise ConfigError(
-            f"ScalingConfig(placement_strategy={scaling.placement_strategy!r}): cannot be kept while agents join. Use "
-            "PACK or SPREAD, or a fixed number of agents."
-        )
-
-
-def _check_run(run: RunConfig) -> None:
-    if run.callbacks:
-        raise ConfigError("RunConfig(callbacks=…): not supported. Follow handle.events() instead.")
-    if run.logging_config is not None and run.logging_config != LoggingConfig():
-        raise ConfigError("RunConfig(logging_config=…): not supported. Configure the logger 'ray_dnn' instead.")
-    if (run.checkpoint_config or CheckpointConfig()) != CheckpointConfig():
-        raise ConfigError(
-            f"RunConfig(checkpoint_config={run.checkpoint_config}): there is one checkpoint, at the end; which ones to keep "
-            "cannot be chosen yet. Leave it out."
-        )
-    failure, default = run.failure_config or FailureConfig(), FailureConfig()
-    for name in (
-        "max_failures",
-        "controller_failure_limit",
-        "max_preemption_failures",
-        "relax_collectives_on_preemption",
-        "preemption_grace_s",
-    ):
-        if getattr(failure, name, None) != getattr(default, name, None):
-            raise ConfigError(
-                f"FailureConfig({name}={getattr(failure, name)!r}): going on after a death is not supported yet. Leave it "
-                "out; a run whose agent dies ends with a clear error."
-            )
-
-
-# -- signals and logging -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

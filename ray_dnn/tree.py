@@ -17,7 +17,7 @@ same sides, whatever the ranges were: so the sum has the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -70,9 +70,3 @@ def fold(node: Node, known: Callable[[Node], T | None], add: Callable[[T, T], T]
     left, right = node.children()
     left_value = fold(left, known, add)
     return add(left_value, fold(right, known, add))
-
-
-def fold_values(values: Mapping[Node, T] | Iterable[T], leaves: int, add: Callable[[T, T], T]) -> T:
-    """Fold values given for covering nodes, or one for each leaf, into the value of the whole tree."""
-    table = values if isinstance(values, Mapping) else {Node(i, i + 1): v for i, v in enumerate(values)}
-    return fold(Node(0, leaves), table.get, add)

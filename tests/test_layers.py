@@ -32,6 +32,7 @@ LAYERS = {
     "loop": 3,
     "recorder": 3,
     "trainer": 4,
+    "limits": 4,
     "testing": 4,
     "": 4,  # ray_dnn/__init__.py, the public face: others reach it from layer 4 up, it reaches everything
     "cli": 5,

@@ -31,7 +31,7 @@ def slice_bounds(length: int, parts: int) -> list[int]:
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().numpy())
+    return tensor.detach().numpy().data
 
 
 class TreeExchange:

@@ -266,7 +266,7 @@ class Mesh:
         return [payload if r == self.rank else bytes(inbox[r]) for r in range(self.size)]
 
     def abandon(self) -> None:
-        """End every present and future wait in this mesh with `AbandonedError`. From any thread, any number of times."""
+        """End every present and future wait in this mesh with `AbandonedError`. From any thread, at any time."""
         self._abandoned.set()
         with self._closing:
             if not self._closed:

@@ -1,7 +1,7 @@
 """State as bytes, without executing anything: a JSON description and raw tensor memory.
 
-A *tree* is built of dict (keys: str or int), list, tuple, str, int, float, bool, None and tensors. It is what optimizer,
-schedule and extra states are made of; anything else is refused by the path at which it stands.
+A *tree* is built of dict (keys: str or int), list, tuple, str, int, float, bool, None and tensors. It is what
+optimizer, schedule and extra states are made of; anything else is refused by the path at which it stands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ray_dnn.errors import ConfigError
@@ -25,7 +26,7 @@ _LENGTH = struct.Struct("<q")
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor in row-major order, little-endian. Shape of the view: (bytes,)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def encode(tree: Tree, where: str = "state") -> bytes:
@@ -60,7 +61,7 @@ def decode(data: bytes | bytearray | memoryview) -> Tree:
         at += -at % _ALIGN
         tensor = torch.empty(shape, dtype=dtype)
         if size := tensor.numel() * tensor.element_size():
-            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
             target[:] = view[at : at + size]
             at += size
         tensors.append(tensor)
@@ -108,8 +109,10 @@ def _describe(tree: Tree, tensors: list[torch.Tensor], where: str) -> Any:
             raise ConfigError(f"{where} is a {tree.layout} tensor; only dense tensors can be kept in state.")
         tensors.append(tree)
         return {"t": len(tensors) - 1}
+    if isinstance(tree, np.generic):
+        return tree.item()
     if tree is None or isinstance(tree, bool | int | float | str):
-        return tree.item() if hasattr(tree, "item") else tree
+        return tree
     if isinstance(tree, Mapping):
         if bad := [key for key in tree if not isinstance(key, str | int)]:
             raise ConfigError(f"{where} has the key {bad[0]!r}; keys must be strings or whole numbers.")
@@ -118,8 +121,8 @@ def _describe(tree: Tree, tensors: list[torch.Tensor], where: str) -> Any:
         items = [_describe(value, tensors, f"{where}[{i}]") for i, value in enumerate(tree)]
         return {"u" if isinstance(tree, tuple) else "l": items}
     raise ConfigError(
-        f"{where} is a {type(tree).__module__}.{type(tree).__qualname__}; state may hold tensors, numbers, strings, None, "
-        "and dicts, lists and tuples of these. Give the object a state_dict made of them."
+        f"{where} is a {type(tree).__module__}.{type(tree).__qualname__}; state may hold tensors, numbers, strings, "
+        "None, and dicts, lists and tuples of these. Give the object a state_dict made of them."
     )
 
 

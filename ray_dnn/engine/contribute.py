@@ -74,8 +74,9 @@ class Contributor:
         self.strategy = strategy
         self.source = source
         self.layouts: dict[str, Layout] = {}
-        for state.phase in state.phases:
-            self.layouts[state.phase] = Layout(strategy.vector(state))
+        for phase in state.phases:
+            state.phase = phase
+            self.layouts[phase] = Layout(strategy.vector(state))
         state.phase = state.phases[0]
 
     def new_leaf(self, phase: str) -> Leaf:

@@ -63,7 +63,7 @@ def enforce(config: TrainConfig) -> Profile:
     torch.set_num_threads(config.num_threads)
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -49,13 +49,14 @@ def first_contribution(contributor: Contributor, twice: bool) -> FirstContributi
     parts: dict[str, str] = {}
     metrics: dict[str, list[str]] = {}
     suspects: list[str] = []
-    for state.phase in state.phases:
+    for phase in state.phases:
+        state.phase = phase
         before = dict(_outside(contributor))
         given, _, tree = contributor.first()
         if twice:
             suspects += _again(contributor, tree, before)
-        metrics[state.phase] = sorted(given.metrics)
-        parts |= {f"{state.phase}: {path}": codec.digest(value) for path, value in _flat(tree)}
+        metrics[phase] = sorted(given.metrics)
+        parts |= {f"{phase}: {path}": codec.digest(value) for path, value in _flat(tree)}
     state.phase = state.phases[0]
     text = "\n".join(f"{name} {digest}" for name, digest in parts.items())
     return FirstContribution(hashlib.sha256(text.encode()).hexdigest(), parts, metrics, tuple(dict.fromkeys(suspects)))
@@ -76,10 +77,10 @@ def _again(contributor: Contributor, tree: codec.Tree, before: dict[str, str]) -
         return changed
     hint = f"Changed meanwhile: {', '.join(changed)}." if changed else "Nothing that could be inspected changed."
     raise HiddenStateError(
-        f"The first contribution, computed a second time, had other bits in {difference}. The job keeps state outside of "
-        f"its model's parameters and buffers, so its result would depend on which agent computes what. {hint} Make it a "
-        "buffer, derive it from the batch, or draw random numbers from torch's, NumPy's or Python's global generator, "
-        "which are seeded for each contribution."
+        f"The first contribution, computed a second time, had other bits in {difference}. The job keeps state outside "
+        "of its model's parameters and buffers, so its result would depend on which agent computes what. "
+        f"{hint} Make it a buffer, derive it from the batch, or draw random numbers from torch's, NumPy's or Python's "
+        "global generator, which are seeded for each contribution."
     )
 
 

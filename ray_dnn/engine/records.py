@@ -51,8 +51,8 @@ class Report:
 class RecordFormat:
     """The fixed layout of a worker's record for one phase.
 
-    Fields: rows, digest (of row numbers), flags, state_bytes (of the new worker state), weight, metrics (total and weight
-    each), and bitmaps: touched parameters, changed float buffers, changed other buffers.
+    Fields: rows, digest (of row numbers), flags, state_bytes (of the new worker state), weight, metrics (total and
+    weight each), and bitmaps: touched parameters, changed float buffers, changed other buffers.
     """
 
     def __init__(self, vector: Sequence[str], floats: Sequence[str], others: Sequence[str], metrics: Sequence[str]):
@@ -117,4 +117,4 @@ class RecordFormat:
     def names(self, field: str, records: NDArray[np.void]) -> set[str]:
         """The names whose bit is set in any record. ``field``: "touched", "floats" or "others"."""
         names = {"touched": self.vector, "floats": self.floats, "others": self.others}[field]
-        return {name for name, bit in zip(names, records[field].any(axis=0), strict=True) if bit}
+        return {name for name, bit in zip(names, np.atleast_1d(records[field].any(axis=0)), strict=True) if bit}

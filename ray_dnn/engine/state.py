@@ -135,9 +135,7 @@ class TrainingState:
                 torch.autograd.backward([loss.total * scale], inputs=inputs)
             for key, parameter in parameters.items():
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    raise ConfigError(
-                        f"The gradient of {key} is sparse; use dense gradients (Embedding(sparse=False))."
-                    )
+                    raise ConfigError(f"The gradient of {key} is sparse; use dense ones (Embedding(sparse=False)).")
                 if parameter.grad is not None and parameter.dtype in (torch.float16, torch.bfloat16):
                     gradient = parameter.grad.to(torch.float32)
                     wide[key] = wide[key] + gradient if key in wide else gradient
@@ -147,8 +145,8 @@ class TrainingState:
             add_pairs(metrics, as_pairs(loss.metrics, micro.rows, f"{name}: Loss.metrics"))
         sums: dict[str, torch.Tensor | None] = {}
         for key, parameter in parameters.items():
-            gradient = wide.get(key, parameter.grad)
-            sums[key] = gradient if gradient is None or scale == 1.0 else gradient * (1.0 / scale)
+            total = wide.get(key, parameter.grad)
+            sums[key] = total if total is None or scale == 1.0 else total * (1.0 / scale)
             parameter.grad = None
         return GradientSums(sums, weight, metrics)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ray_dnn.comm.exchange import TreeExchange, Vector
 from ray_dnn.comm.mesh import Mesh
+from ray_dnn.engine import codec
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.records import NONFINITE_GRADIENT, Place, RecordFormat, Report
@@ -118,7 +119,8 @@ class Engine:
         skipped: list[str] = []
         exchange_s = 0.0
         started = time.perf_counter()
-        for state.phase in state.phases:
+        for phase in state.phases:
+            state.phase = phase
             round_ = self._combine(held)
             exchange_s += round_.exchange_s
             metrics |= self._metrics(round_)
@@ -219,11 +221,11 @@ class Engine:
         host = self.plan.host(worker)
         if host == self.mesh.rank:
             value = given[worker].values[name].contiguous()
-            view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
-            self.mesh.exchange(dict.fromkeys(self.mesh.peers, [view]), {})
+            view = codec.tensor_bytes(value)
+            self.mesh.exchange({peer: [view] for peer in self.mesh.peers}, {})
             return value
         value = torch.empty_like(self.state.buffers.committed(name), memory_format=torch.contiguous_format)
-        self.mesh.exchange({}, {host: [memoryview(value.reshape(-1).view(torch.uint8).numpy())]})
+        self.mesh.exchange({}, {host: [codec.tensor_bytes(value)]})
         return value
 
     # -- apply -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ class WorkerStates:
         if self.kind == "none":
             return
         self._next = dict(packed)
-        rank, sends, receives = self._mesh.rank, {}, {}
+        rank = self._mesh.rank
+        sends: dict[int, list[memoryview]] = {}
+        receives: dict[int, list[memoryview]] = {}
         inbox: dict[int, bytearray] = {}
         for worker in range(self._plan.workers):
             host, *others = holders(self._plan, worker, self.kind)

@@ -1,0 +1,132 @@
+"""What the fields of Ray Train's config classes mean here. What cannot be honoured is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+from ray_dnn.cluster import Places
+from ray_dnn.config import TrainConfig
+from ray_dnn.engine.numerics import environment
+from ray_dnn.errors import ConfigError
+from ray_dnn.strategies import Strategy
+
+_FAILURE_FIELDS = (
+    "max_failures",
+    "controller_failure_limit",
+    "max_preemption_failures",
+    "relax_collectives_on_preemption",
+    "preemption_grace_s",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a ScalingConfig allows.
+
+    Attributes:
+        least, most: replicas.
+        resources: of one agent.
+        strategy, labels: where agents are placed.
+    """
+
+    least: int
+    most: int
+    resources: dict[str, float]
+    strategy: str
+    labels: dict[str, str] | None
+
+    def places(self, run: RunConfig, config: TrainConfig) -> Places:
+        """What to ask the cluster for."""
+        return Places(self.resources, self.strategy, self.labels, _runtime_env(run, config))
+
+
+def check_scaling(given: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> Limits:
+    """Read a ScalingConfig.
+
+    ``elastic_resize_monitor_interval_s`` is the longest time until room in the cluster is noticed; here it is noticed
+    at once.
+
+    Raises:
+        ConfigError: a field cannot be honoured.
+    """
+    scaling: Any = given  # Ray's type stubs lack the fields of its second version
+    least, most = scaling.min_workers, scaling.max_workers
+    shown = f"ScalingConfig(num_workers={scaling.num_workers})"
+    if least < 1:
+        raise ConfigError(f"{shown}: training inside the driver is not supported. Use at least 1.")
+    if replica_size < 1 or least % replica_size or most % replica_size:
+        raise ConfigError(f"{shown}: both numbers must be multiples of replica_size={replica_size}.")
+    if least // replica_size > config.virtual_workers:
+        raise ConfigError(
+            f"{shown}: a job with virtual_workers={config.virtual_workers} has work for at most "
+            f"{config.virtual_workers * replica_size} agents. Use fewer agents or more virtual workers."
+        )
+    if strategy.worker_state == "mirrored" and least // replica_size < 2:
+        raise ConfigError(
+            f"{shown}: {type(strategy).__name__} keeps mirrored worker states, which need a second agent to hold the "
+            f"mirror. Use at least {2 * replica_size}."
+        )
+    for name, why in (("use_gpu", "GPUs are"), ("use_tpu", "TPUs are"), ("topology", "TPUs are")):
+        if getattr(scaling, name):
+            value = getattr(scaling, name)
+            raise ConfigError(f"ScalingConfig({name}={value!r}): {why} not supported yet. Leave it out.")
+    if scaling.accelerator_type:
+        raise ConfigError(
+            f"ScalingConfig(accelerator_type={scaling.accelerator_type!r}): not supported yet. Leave it out, or ask "
+            "for nodes with label_selector."
+        )
+    if isinstance(scaling.label_selector, list):
+        raise ConfigError("ScalingConfig(label_selector=[…]): one selector an agent is not supported. Give one dict.")
+    placement = str(scaling.placement_strategy)
+    if least < most and placement.startswith("STRICT"):
+        raise ConfigError(
+            f"ScalingConfig(placement_strategy={placement!r}): cannot be kept while agents join. Use PACK or SPREAD, "
+            "or a fixed number of agents."
+        )
+    resources = {key: float(amount) for key, amount in scaling._resources_per_worker_not_none.items() if amount}
+    return Limits(least // replica_size, most // replica_size, resources, placement, scaling.label_selector)
+
+
+def check_run(given: RunConfig, config: TrainConfig) -> None:
+    """Read a RunConfig.
+
+    Raises:
+        ConfigError: a field cannot be honoured.
+    """
+    run: Any = given
+    if run.callbacks:
+        raise ConfigError("RunConfig(callbacks=…): not supported. Follow handle.events() instead.")
+    if run.logging_config is not None and run.logging_config != LoggingConfig():
+        raise ConfigError("RunConfig(logging_config=…): not supported. Configure the logger 'ray_dnn' instead.")
+    if (run.checkpoint_config or CheckpointConfig()) != CheckpointConfig():
+        raise ConfigError(
+            f"RunConfig(checkpoint_config={run.checkpoint_config}): there is one checkpoint, at the end; which ones to "
+            "keep cannot be chosen yet. Leave it out."
+        )
+    failure, default = run.failure_config or FailureConfig(), FailureConfig()
+    for name in _FAILURE_FIELDS:
+        value = getattr(failure, name, None)
+        if value != getattr(default, name, None):
+            raise ConfigError(
+                f"FailureConfig({name}={value!r}): going on after a death is not supported yet. Leave it out; a run "
+                "whose agent dies ends with a clear error."
+            )
+    _runtime_env(given, config)
+
+
+def _runtime_env(given: RunConfig, config: TrainConfig) -> dict[str, Any]:
+    """The agents' runtime environment: the user's, with the variables of the numerics profile."""
+    run: Any = given
+    runtime_env = dict(run.worker_runtime_env or {})
+    variables = dict(runtime_env.get("env_vars", {}))
+    needed = environment(config)
+    for name in set(variables) & set(needed):
+        if variables[name] != needed[name]:
+            raise ConfigError(
+                f"RunConfig(worker_runtime_env): env_vars has {name}={variables[name]!r}, but the job's numerics need "
+                f"{needed[name]!r}. Leave it out; TrainConfig(num_threads, cpu_isa) set it."
+            )
+    return runtime_env | {"env_vars": variables | needed}
