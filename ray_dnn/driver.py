@@ -31,6 +31,7 @@ from ray_dnn.events import (
     Paused,
     RunFailed,
     RunFinished,
+    RunInterrupted,
 )
 from ray_dnn.fleet import Fleet, Replica, Stage, call_all
 from ray_dnn.loop import Loop
@@ -117,7 +118,9 @@ class Driver:
 
     def _on_request(self, kind: str, value: int, answer: Future[Any]) -> None:
         if kind == "interrupt":
-            self._fail(InterruptedError("the run was interrupted"))
+            self.outcome.error = InterruptedError("the run was interrupted")
+            self._log.add(RunInterrupted(self._recorder.steps))
+            self._loop.end()
             answer.set_result(None)
         elif kind == "resize":
             self._target = value
@@ -156,10 +159,10 @@ class Driver:
                 self._log.add(HiddenStateSuspected(list(built.first.suspects)))
             if (built.first.digest, built.state_digest) == (known.first.digest, known.state_digest):
                 continue
-            same = self._exact = False
             if self._job.config.deterministic:
                 self._refuse(replica, rank)
                 return False
+            same = self._exact = False
         for rank, built in enumerate(replica.built):
             assert built is not None
             self._log.add(AgentAdmitted(replica.names[rank], built.seconds, built.profile, same))

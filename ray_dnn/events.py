@@ -202,6 +202,14 @@ class RunFinished(Event):
 
 
 @dataclass(frozen=True)
+class RunInterrupted(Event):
+    step: int
+
+    def text(self) -> str:
+        return f"interrupted after {self.step} steps; the agents are being ended"
+
+
+@dataclass(frozen=True)
 class RunFailed(Event):
     step: int
     error: str

@@ -2,7 +2,8 @@
 
 The driver has Ray Data produce the dataset's blocks in their order, keeps references to them and their row counts, and
 gives both to the agents. An agent finds a row's block by its number and reads it from the object store, without a copy.
-All dealings with Ray Data's internals are in this file.
+All dealings with Ray Data's internals are in this file. Agents load Ray Data only when a block needs it: it would add a
+second to the start of each.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.data.block import BlockAccessor
 
 from ray_dnn.errors import ConfigError
 from ray_dnn.sampler import Rows
@@ -50,6 +50,8 @@ def index_dataset(name: str, dataset: Any) -> BlockIndex:
     Raises:
         ConfigError: it is not a Ray Dataset, or it has no rows.
     """
+    import ray.data
+
     if not isinstance(dataset, ray.data.Dataset):
         raise ConfigError(
             f"datasets[{name!r}] is a {type(dataset).__name__}; it must be a ray.data.Dataset "
@@ -117,10 +119,19 @@ class BlockReader:
         with self._lock:
             table = self._tables.get(block)
         if table is None:
-            table = BlockAccessor.for_block(ray.get(self._refs[block])).to_arrow()
+            table = _as_table(ray.get(self._refs[block]))
             with self._lock:
                 self._tables[block] = table
         return table
+
+
+def _as_table(block: Any) -> pa.Table:
+    """A block of Ray Data, which may be a pandas DataFrame, as a table."""
+    if isinstance(block, pa.Table):
+        return block
+    from ray.data.block import BlockAccessor
+
+    return BlockAccessor.for_block(block).to_arrow()
 
 
 def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -130,13 +141,27 @@ def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Ten
         ConfigError: a column has no numbers, or ragged ones.
     """
     batch = {}
-    columns = BlockAccessor.for_block(rows).to_numpy(list(rows.column_names))
-    assert isinstance(columns, dict)
-    for name, array in columns.items():
-        if array.dtype == object or array.dtype.kind not in "biuf":
+    for name in rows.column_names:
+        array = _as_array(rows.column(name))
+        if array is None or array.dtype.kind not in "biuf":
             raise ConfigError(
                 f"The column {name!r} has type {rows.schema.field(name).type}, of which no tensor can be made as it "
                 "is. Give TrainSpec(collate=…)."
             )
         batch[name] = torch.tensor(array)  # a copy: the object store's memory is read-only
     return batch
+
+
+def _as_array(column: pa.ChunkedArray) -> Any:
+    """A column of numbers, or of tensors of one shape, as an array; None where it is neither."""
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # of no chunk or of several
+        whole = pa.concat_arrays(whole.chunks)
+    kind = whole.type
+    if hasattr(whole, "to_numpy_ndarray"):  # tensors of Ray Data, or Arrow's own
+        return whole.to_numpy_ndarray()
+    if pa.types.is_fixed_size_list(kind) and whole.null_count == 0:
+        return whole.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), kind.list_size)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return whole.to_numpy(zero_copy_only=False)
+    return None

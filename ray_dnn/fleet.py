@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import enum
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
 from ray_dnn.cluster import Gang, Places, room
-from ray_dnn.errors import AgentLostError
+from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.loop import Loop
 
@@ -152,6 +153,19 @@ class Fleet:
         """A call to an agent raised: the agent died, or it could not even begin (its environment, an import)."""
         if isinstance(error, RayActorError):
             self._end(replica, str(error).strip().splitlines()[0])
+        elif isinstance(error, RaySystemError) and "No module named" in str(error):
+            missing = re.search(r"No module named [^\n]*", str(error))
+            assert missing is not None
+            self._failed(
+                replica,
+                Failed(
+                    ConfigError(
+                        f"{replica.name} cannot load the job: {missing.group()}. The modules that its functions "
+                        "live in must be importable on every node: put them beside the script that you start, or in the "
+                        "working_dir of ray.init(runtime_env=…) or of ray job submit."
+                    )
+                ),
+            )
         elif isinstance(error, RayTaskError):
             self._failed(replica, Failed(error.cause if isinstance(error.cause, Exception) else error))
         else:

@@ -25,6 +25,7 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "PYTHONPATH": os.path.dirname(__file__),  # jobs of the tests are modules here, which agents must find
 }
 os.environ.pop("RAY_ADDRESS", None)
 
