@@ -33,7 +33,7 @@ from ray_dnn.events import (
     RunFinished,
     RunInterrupted,
 )
-from ray_dnn.fleet import Fleet, Replica, Stage, call_all
+from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage, call_all
 from ray_dnn.loop import Loop
 from ray_dnn.membership import Decision, View, decide
 from ray_dnn.plan import Plan, lay
@@ -231,8 +231,8 @@ class Driver:
                 self._fleet.release(replica, "not wanted any more")
         if decision.ask and not self._fleet.staged(Stage.ASKED):
             # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
-            self._fleet.ask(1, "one more agent could join")
-        if decision.members is None:
+            self._fleet.ask(1, GROWTH)
+        if decision.members is None or not decision.changed:
             return
         if self._running:
             self._decide_pause("regroup", decision.reason)
@@ -306,6 +306,8 @@ class Driver:
         for replica in left:
             self._fleet.release(replica, "left as planned")
         self._poll(self._generation)
+        if self._commands and not finish:
+            self._decide_pause(self._commands[0][0], "asked for by the user")
         self._consider()
 
     def _moved_states(
@@ -367,8 +369,6 @@ class Driver:
         decision = decide(self._view())
         if decision.members is not None:
             self._form(decision)
-        elif decision.reason == "nothing changed":
-            self._form(Decision(tuple(r.name for r in self._members)))
         else:
             self._consider()  # a script waits for the agents that it names
 

@@ -18,6 +18,7 @@ from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.loop import Loop
 
+GROWTH = "one more agent could join"
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
 _KILL_TIMEOUT_S = 10.0
@@ -97,6 +98,8 @@ class Fleet:
             return
         needs = ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
         self._log.add(Waiting(f"{purpose}: {gang.size} times ({needs}), all at once; the cluster has {room()}"))
+        if purpose == GROWTH:
+            return  # worth a word, not a nuisance
         again = min(after * 2, _WAITING_MAX_S)
         self._loop.later(again, lambda: self._still_waiting(gang, purpose, again))
 
@@ -161,8 +164,8 @@ class Fleet:
                 Failed(
                     ConfigError(
                         f"{replica.name} cannot load the job: {missing.group()}. The modules that its functions "
-                        "live in must be importable on every node: put them beside the script that you start, or in the "
-                        "working_dir of ray.init(runtime_env=…) or of ray job submit."
+                        "live in must be importable on every node: put them beside the script that you start, or in "
+                        "the working_dir of ray.init(runtime_env=…) or of ray job submit."
                     )
                 ),
             )

@@ -43,8 +43,8 @@ class Decision:
     """What to do.
 
     Attributes:
-        members: the next generation's, or None: no new generation now.
-        joining, leaving: how it differs from the present one.
+        members: that the next generation should have, or None: too few to form one.
+        joining, leaving: how they differ from the present ones.
         ask: replicas to ask the cluster for.
         withdraw: starting replicas that are not wanted any more.
         reason: in plain words.
@@ -56,6 +56,11 @@ class Decision:
     ask: int = 0
     withdraw: int = 0
     reason: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether there should be a new generation."""
+        return bool(self.joining or self.leaving)
 
 
 def decide(view: View) -> Decision:
@@ -76,9 +81,8 @@ def decide(view: View) -> Decision:
     if len(members) < least:
         reason = f"{len(members)} of at least {least} replicas are there, {view.starting + ask} are starting"
         return Decision(None, ask=ask, withdraw=withdraw, reason=reason)
-    if members == view.members:
-        return Decision(None, ask=ask, withdraw=withdraw, reason="nothing changed")
     words = [f"{', '.join(joining)} joining"] if joining and view.members else []
     words += [f"{', '.join(leaving)} leaving"] if leaving else []
-    reason = " and ".join(words) or f"the first {len(members)} are ready"
+    first = f"the first {len(members)} are ready"
+    reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, reason)

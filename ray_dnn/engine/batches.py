@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from dataclasses import is_dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -80,7 +81,9 @@ def align(data: Any) -> Any:
         return type(data)(align(item) for item in data)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(align(item) for item in data))
-    if isinstance(data, dict):
-        for key, value in data.items():
+    if isinstance(data, MutableMapping):
+        for key, value in list(data.items()):
             data[key] = align(value)
+    elif is_dataclass(data) and not isinstance(data, type):
+        vars(data).update({name: align(value) for name, value in vars(data).items()})  # frozen ones too
     return data

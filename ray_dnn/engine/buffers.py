@@ -76,6 +76,11 @@ class Buffers:
             old, new = self._owned[name].committed, self._present(name)
             same = (new == old) | (new.isnan() & old.isnan())
             # where() before the subtraction's result is used: inf - inf would be NaN in elements that did not change.
+            if bool((~same & ~old.isfinite()).any()):
+                raise ConfigError(
+                    f"The buffer {name} went from infinity or NaN to another value. Changes of buffers are combined as "
+                    "means of differences, which this has not. Start it with a finite value."
+                )
             delta = torch.where(same, torch.zeros((), dtype=target.dtype), new.to(target.dtype) - old.to(target.dtype))
             torch.mul(delta, weight, out=target)
 
@@ -96,7 +101,7 @@ class Buffers:
 
     def _present(self, name: str) -> torch.Tensor:
         owned = self._owned[name]
-        present = owned.module._buffers[owned.key]
+        present = owned.module._buffers.get(owned.key)
         if present is None or present.shape != owned.tensor.shape or present.dtype != owned.tensor.dtype:
             now = "None" if present is None else f"{present.dtype} of shape {tuple(present.shape)}"
             raise ConfigError(

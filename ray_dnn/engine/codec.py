@@ -35,18 +35,28 @@ def encode(tree: Tree, where: str = "state") -> bytes:
     Raises:
         ConfigError: something in it is not a tensor, a number, a string, or a container of these.
     """
+    return b"".join(_parts(tree, where))
+
+
+def _parts(tree: Tree, where: str) -> Iterator[bytes | memoryview]:
     tensors: list[torch.Tensor] = []
     spec = _describe(tree, tensors, where)
-    heads = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+    heads = [[str(t.dtype).removeprefix("torch."), list(t.shape), _strides(t)] for t in tensors]
     head = json.dumps({"spec": spec, "tensors": heads}).encode()
-    parts: list[bytes | memoryview] = [_LENGTH.pack(len(head)), head]
+    yield _LENGTH.pack(len(head))
+    yield head
     at = _LENGTH.size + len(head)
     for tensor in tensors:
         pad = -at % _ALIGN
         data = tensor_bytes(tensor)
-        parts += [bytes(pad), data]
+        yield bytes(pad)
+        yield data
         at += pad + len(data)
-    return b"".join(parts)
+
+
+def check(tree: Tree, where: str = "state") -> None:
+    """Raise what `encode` would raise, without copying any tensor."""
+    _describe(tree, [], where)
 
 
 def decode(data: bytes | bytearray | memoryview) -> Tree:
@@ -56,7 +66,7 @@ def decode(data: bytes | bytearray | memoryview) -> Tree:
     at = _LENGTH.size + length
     head = json.loads(bytes(view[_LENGTH.size : at]))
     tensors = []
-    for name, shape in head["tensors"]:
+    for name, shape, strides in head["tensors"]:
         dtype = getattr(torch, name)
         at += -at % _ALIGN
         tensor = torch.empty(shape, dtype=dtype)
@@ -64,13 +74,18 @@ def decode(data: bytes | bytearray | memoryview) -> Tree:
             target = tensor.reshape(-1).view(torch.uint8).numpy().data
             target[:] = view[at : at + size]
             at += size
+        if strides is not None:
+            tensor = torch.empty_strided(shape, strides, dtype=dtype).copy_(tensor)
         tensors.append(tensor)
     return _rebuild(head["spec"], tensors)
 
 
 def digest(tree: Tree) -> str:
-    """SHA-256 of a tree, equal exactly when every value and every bit is."""
-    return hashlib.sha256(encode(tree)).hexdigest()
+    """SHA-256 of a tree, equal exactly when every value, every bit and the order of elements in memory are."""
+    sha = hashlib.sha256()
+    for part in _parts(tree, "state"):
+        sha.update(part)
+    return sha.hexdigest()
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -103,14 +118,20 @@ def _leaves(tree: Tree, path: str) -> Iterator[tuple[str, Tree]]:
         yield path, tree
 
 
+def _strides(tensor: torch.Tensor) -> list[int] | None:
+    """The strides of a copy; None for row-major order. Fused optimizers depend on them."""
+    return None if tensor.is_contiguous() else list(torch.empty_like(tensor, device="meta").stride())
+
+
 def _describe(tree: Tree, tensors: list[torch.Tensor], where: str) -> Any:
     if isinstance(tree, torch.Tensor):
         if tree.layout != torch.strided or tree.is_quantized:
             raise ConfigError(f"{where} is a {tree.layout} tensor; only dense tensors can be kept in state.")
         tensors.append(tree)
         return {"t": len(tensors) - 1}
-    if isinstance(tree, np.generic):
-        return tree.item()
+    if isinstance(tree, np.floating | np.integer | np.bool_) and tree.itemsize <= 8:
+        # Kept as what it is: a float32 computes otherwise than the float of the same value.
+        return {"n": [tree.dtype.str, tree.item()]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     if isinstance(tree, Mapping):
@@ -132,6 +153,8 @@ def _rebuild(spec: Any, tensors: list[torch.Tensor]) -> Tree:
     ((kind, value),) = spec.items()
     if kind == "t":
         return tensors[value]
+    if kind == "n":
+        return np.dtype(value[0]).type(value[1])
     if kind == "d":
         return {key: _rebuild(item, tensors) for key, item in value}
     items = [_rebuild(item, tensors) for item in value]

@@ -95,6 +95,7 @@ class Contributor:
             return Given(worker_state=worker_state)
         place = (state.config.seed, state.step, state.phases.index(state.phase), worker)
         where = f"agent {agent or '?'}, step {state.step}, virtual worker {worker}"
+        seed_everything("collate", state.config.seed, state.step, worker)
         batches = guarded(f"collate, {where}", lambda: self.source.batches(state.step, worker))
         ids = [int(i) for batch in batches for i in batch.row_ids]
         where += f", rows {_short(ids)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ def as_sum(value: Any, rows: int, name: str) -> Loss:
     """A loss function's result as a sum: a mean over rows becomes total and weight."""
     if isinstance(value, Loss):
         _scalar(value.total, f"{name}: Loss.total")
-        return value
+        return replace(value, total=value.total.to(torch.promote_types(value.total.dtype, torch.float32)))
     _scalar(value, name)
-    return Loss(total=value * rows, weight=rows)
+    # A mean in half precision would lose bits, or overflow, when it is multiplied.
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    return Loss(total=wide * rows, weight=rows)
 
 
 def as_pairs(values: Mapping[str, Any], rows: int, name: str) -> Pairs:

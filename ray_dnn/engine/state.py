@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ray_dnn.config import TrainConfig, TrainSpec
-from ray_dnn.engine import codec
+from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.buffers import Buffers
 from ray_dnn.engine.loss import GradientSums, Pairs, add_pairs, as_pairs, as_sum, number
 from ray_dnn.engine.rng import seed_everything
@@ -85,6 +85,7 @@ class TrainingState:
         self.model.train()
         # User code may have left gradients behind; a contribution must start from none.
         self.model.zero_grad(set_to_none=True)
+        self._fixed = unmoved.of_updates(self.parameters, self.optimizers)
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -128,6 +129,7 @@ class TrainingState:
         metrics: Pairs = {}
         wide: dict[str, torch.Tensor] = {}  # float32 sums of half-precision gradients
         inputs = list(parameters.values())
+        versions = self._versions()
         for micro in batch.microbatches:
             with self.autocast():
                 loss = as_sum(loss_function(self.model, micro.data), micro.rows, name)
@@ -143,12 +145,30 @@ class TrainingState:
             weight += number(loss.weight)
             add_pairs(metrics, {"loss": (number(loss.total), number(loss.weight))})
             add_pairs(metrics, as_pairs(loss.metrics, micro.rows, f"{name}: Loss.metrics"))
+        if (now := self._versions()) != versions:
+            changed = [key for key, old, new in zip(self.parameters, versions, now, strict=True) if old != new]
+            raise ConfigError(
+                f"{name} changed the parameters {', '.join(changed[:3])} while it computed, which only the agent that "
+                "computed it would know of. (Embedding(max_norm=…) does that.) Change them in after_update."
+            )
         sums: dict[str, torch.Tensor | None] = {}
         for key, parameter in parameters.items():
             total = wide.get(key, parameter.grad)
             sums[key] = total if total is None or scale == 1.0 else total * (1.0 / scale)
             parameter.grad = None
         return GradientSums(sums, weight, metrics)
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was changed in place."""
+        return [p._version for p in self.parameters.values()]
+
+    def check(self) -> None:
+        """Refuse what updates changed and nobody would move.
+
+        Raises:
+            ConfigError: names it.
+        """
+        unmoved.refuse_changes(self._fixed, unmoved.of_updates(self.parameters, self.optimizers), "an update")
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
@@ -221,10 +241,11 @@ def _align(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
+    moved: dict[int, torch.Tensor] = {}  # by identity: a buffer may belong to several modules
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.data_ptr() % 64:
-                module._buffers[key] = buffer.clone()
+                module._buffers[key] = moved.setdefault(id(buffer), buffer.clone())
 
 
 def _check_optimizer(key: str, optimizer: object) -> None:
@@ -251,6 +272,7 @@ def _export_optimizer(optimizer: torch.optim.Optimizer) -> codec.Tree:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},
+        "shared": {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)},
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
     }
 
@@ -261,6 +283,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tree: codec.Tree) -> None:
     optimizer.state.clear()
     for index, entries in tree["state"].items():
         optimizer.state[parameters[index]] = dict(entries)
+    optimizer.state.update(tree["shared"])
     for group, values in zip(optimizer.param_groups, tree["groups"], strict=True):
         group.update(values)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ray_dnn.comm.exchange import TreeExchange, Vector
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine import codec
+from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.records import NONFINITE_GRADIENT, Place, RecordFormat, Report
@@ -94,6 +95,7 @@ class Engine:
         self._combined = {phase: [contributor.layouts[phase].zeros() for _ in range(2)] for phase in state.phases}
         self._buffer_sums = state.buffers.layout.zeros()
         self._free: dict[str, list[Leaf]] = {phase: [] for phase in state.phases}
+        self._checked = False  # whether the state was found to be movable after an update
         self.history: list[dict[str, float]] = []  # evaluations so far; the same on every agent
 
     def enter(self, generation: int, mesh: Mesh, plan: Plan, names: tuple[str, ...]) -> None:
@@ -292,10 +294,16 @@ class Engine:
             scheduler.step()
         if (after := spec.after_update) is not None:
             seed_everything("after_update", state.config.seed, step)
+            before = unmoved.of_modules(state.model)
             with torch.no_grad():
                 guarded(f"after_update, step {step}", lambda: after(state.model, state.extra, step))
+            unmoved.refuse_changes(before, unmoved.of_modules(state.model), f"after_update, step {step}")
             # What it did to buffers is part of the committed state.
             state.buffers.commit()
+        state.check()
+        if not self._checked:
+            codec.check(state.export())
+            self._checked = True
 
     def _evaluate(self) -> dict[str, float] | None:
         every, done = self.state.config.evaluate_every, self.state.step

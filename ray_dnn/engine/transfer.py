@@ -33,4 +33,5 @@ def receive_state(mesh: Mesh, engine: Engine, source: int) -> None:
         raise ProtocolError(f"the state that replica {source} sent arrived with other bytes")
     tree = codec.decode(data)
     engine.state.load(tree["state"])
+    engine.states.clear()
     engine.history[:] = tree["history"]

@@ -49,6 +49,10 @@ class WorkerStates:
             workers = range(self._state.config.virtual_workers)
             self._committed = {w: codec.encode(self._strategy.init_worker(self._state, w)) for w in workers}
 
+    def clear(self) -> None:
+        """Hold nothing: first states are not what a newcomer needs."""
+        self._committed = {}
+
     def lay(self, mesh: Mesh, plan: Plan) -> None:
         """Take a place in a plan and let go of states that are not held under it."""
         self._mesh, self._plan = mesh, plan

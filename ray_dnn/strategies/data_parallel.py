@@ -32,9 +32,16 @@ class DataParallel(Strategy):
         for name, parameter in parameters.items():
             mean = combined.means.get(name)
             # None, not zeros, for what nobody touched: AdamW moves weights on a zero gradient.
-            parameter.grad = None if mean is None else mean.to(parameter.dtype)
+            parameter.grad = None if mean is None else _like(parameter, mean)
         if state.config.clip_norm is not None:
             clip_gradients(parameters.values(), state.config.clip_norm, current_group())
         state.optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _like(parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The mean in the parameter's dtype and order of elements, which fused optimizers take for granted."""
+    if parameter.is_contiguous():
+        return mean.to(parameter.dtype)
+    return torch.empty_like(parameter).copy_(mean)
