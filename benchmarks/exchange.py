@@ -1,0 +1,71 @@
+"""The exchange along the fixed tree against gloo's all_reduce, for equal bytes."""
+
+import multiprocessing
+import pickle
+import time
+from multiprocessing.queues import Queue
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.pairs import milliseconds, ratio
+from ray_dnn.comm.exchange import TreeExchange
+from ray_dnn.comm.mesh import Listener, Mesh
+from ray_dnn.plan import lay
+
+SIZES_MIB = (1, 8, 64)
+RANKS = (2, 4)
+PAIRS = 20
+SECRET = b"s" * 32
+
+
+def _rank(rank: int, ranks: int, port: int, results: "Queue[tuple[int, list[float], list[float]]]") -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    listener = Listener("127.0.0.1", SECRET)
+    store.set(f"address{rank}", pickle.dumps(listener.address))
+    addresses = [pickle.loads(store.get(f"address{r}")) for r in range(ranks)]
+    mesh = Mesh(1, rank, ranks)
+    mesh.form(listener, SECRET, addresses)
+    dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=ranks)
+    plan = lay(1, ranks, [1.0] * ranks)
+    (node,) = plan.cover(rank)
+    exchange = TreeExchange(mesh, plan)
+    for size in SIZES_MIB:
+        mine = torch.randn(size * 2**18)
+        out, theirs = torch.empty_like(mine), mine.clone()
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(PAIRS + 2):
+            dist.barrier()
+            begun = time.perf_counter()
+            exchange.combine(b"", [0] * ranks, {node: [mine]}, [out])
+            mesh.gather(b"done")
+            times[0].append(time.perf_counter() - begun)
+            dist.barrier()
+            begun = time.perf_counter()
+            dist.all_reduce(theirs)
+            mesh.gather(b"done")
+            times[1].append(time.perf_counter() - begun)
+        if rank == 0:
+            results.put((size, times[0][2:], times[1][2:]))
+    dist.destroy_process_group()
+
+
+def run() -> list[str]:
+    """The table, line by line."""
+    context = multiprocessing.get_context("spawn")
+    lines = ["| exchange | ray_dnn | gloo all_reduce | ratio (middle half) |", "| --- | --- | --- | --- |"]
+    for ranks in RANKS:
+        results: Queue[tuple[int, list[float], list[float]]] = context.Queue()
+        # The store listens in this process, so its port is free for sure; the ranks are its clients.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        processes = [context.Process(target=_rank, args=(r, ranks, store.port, results)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+        for _ in SIZES_MIB:
+            size, ours, theirs = results.get(timeout=300)
+            row = f"| {ranks} agents, {size} MiB | {milliseconds(ours)} | {milliseconds(theirs)} "
+            lines.append(f"{row}| {ratio(ours, theirs)} |")
+        for process in processes:
+            process.join()
+    return lines

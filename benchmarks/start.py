@@ -1,0 +1,74 @@
+"""From ``fit()`` to the end of the first step, against Ray Train with the same model, data and agents."""
+
+import tempfile
+import time
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+
+from benchmarks import small
+from benchmarks.pairs import ratio
+from ray_dnn import TrainConfig, Trainer, TrainSpec
+from ray_dnn.events import FirstStep
+from ray_dnn.testing import read_events
+
+AGENTS, BATCH, PAIRS = 2, 64, 5
+
+
+def _ours(data: Any, folder: str) -> float:
+    spec = TrainSpec(model=small.build_model, optimizer=small.build_optimizer, loss=small.loss)
+    config = TrainConfig(batch_size=BATCH, virtual_workers=AGENTS, steps=1)
+    begun = time.time()
+    result = Trainer(
+        spec,
+        {"train": data},
+        config,
+        scaling_config=ScalingConfig(num_workers=AGENTS),
+        run_config=RunConfig(name=f"ours-{begun}", storage_path=folder),
+    ).fit()
+    return next(e.time for e in read_events(result.path) if isinstance(e, FirstStep)) - begun
+
+
+def _one_step(config: dict[str, Any]) -> float:
+    model = prepare_model(small.build_model())
+    optimizer = small.build_optimizer(model)
+    shard = ray.train.get_dataset_shard("train")
+    for batch in shard.iter_torch_batches(batch_size=BATCH // AGENTS):
+        small.loss(model, batch).backward()
+        optimizer.step()
+        break
+    return time.time()
+
+
+def _theirs(data: Any, folder: str) -> float:
+    torch.set_num_threads(1)
+    begun = time.time()
+    result = TorchTrainer(
+        _one_step,
+        datasets={"train": data},
+        scaling_config=ScalingConfig(num_workers=AGENTS),
+        run_config=RunConfig(name=f"theirs-{begun}", storage_path=folder),
+    ).fit()
+    return float(result.return_value) - begun
+
+
+def run() -> list[str]:
+    """The table, line by line."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            data = small.rows().materialize()
+            pairs = [(_ours(data, folder), _theirs(data, folder)) for _ in range(PAIRS)]
+    finally:
+        ray.shutdown()
+    ours, theirs = [p[0] for p in pairs], [p[1] for p in pairs]
+    return [
+        "| fit() to first step | ray_dnn | Ray Train | ratio (middle half) |",
+        "| --- | --- | --- | --- |",
+        f"| {AGENTS} agents | {sorted(ours)[PAIRS // 2]:.1f} s | {sorted(theirs)[PAIRS // 2]:.1f} s "
+        f"| {ratio(ours, theirs)} |",
+    ]
