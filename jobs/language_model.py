@@ -324,8 +324,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(Shape(layers=2, width=128, context=256), batch=8, virtual_workers=4, steps=1200, lr=1.2e-2),
-    "small": Size(Shape(layers=4, width=192, context=512), batch=8, virtual_workers=4, steps=10_000, lr=6e-3),
+    "tiny": Size(Shape(layers=2, width=128, context=256), batch=8, virtual_workers=4, steps=1_000, lr=1.2e-2),
+    "small": Size(Shape(layers=4, width=128, context=512), batch=8, virtual_workers=8, steps=10_000, lr=8e-3),
     "medium": Size(Shape(layers=8, width=512, context=1024), batch=64, virtual_workers=16, steps=20_000, lr=2e-3),
 }
 
@@ -373,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-bytes", type=whole, default=2**18, metavar="N", help="held-out bytes to evaluate on (default: 256 Ki)")
     add("--evaluate-every", type=whole, metavar="STEPS", help="evaluate on the way, too")
     add("--storage", metavar="PATH", help="where the run is kept: a folder or a URI such as s3://bucket/runs")
-    add("--name", help="of the run; the same storage and name go on where that run ended")
+    add("--name", help="of the run (default: made from the date)")
     add(
         "--sample", type=int, default=256, metavar="BYTES", help="length of the text to write at the end (default: 256)"
     )

@@ -138,6 +138,14 @@ class Stopped:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """The full weights in the safetensors format, and their digest."""
+
+    data: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
 class Failed:
     """What went wrong on an agent.
 
@@ -211,9 +219,14 @@ class Agent:
         held = self._engine.states.export()
         return {w: held[w] for w in workers}
 
-    def export_weights(self) -> bytes | Failed:
-        """Full weights in the safetensors format. Called on all agents of a replica together."""
-        return self._compute(lambda: weights_to_bytes(self._state.weights(self._group)))
+    def export_weights(self) -> Exported | Failed:
+        """The full weights. Called on all agents of a replica together."""
+
+        def export() -> Exported:
+            weights = self._state.weights(self._group)
+            return Exported(weights_to_bytes(weights), codec.weights_digest(weights))
+
+        return self._compute(export)
 
     def leave(self) -> None:
         """Abandon the present generation."""

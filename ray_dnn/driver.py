@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_dnn import checkpoint
+from ray_dnn.admission import Admission
 from ray_dnn.agent import Command, Failed, Generation, Job, Stopped
 from ray_dnn.cluster import Places
-from ray_dnn.engine.probe import difference
 from ray_dnn.engine.step import StepReport
-from ray_dnn.engine.worker_states import holders
-from ray_dnn.errors import AdmissionError, AgentLostError, ConfigError, ProtocolError
+from ray_dnn.engine.worker_states import moves
+from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
 from ray_dnn.events import (
-    AgentAdmitted,
-    AgentRefused,
     CheckpointWritten,
     Decided,
     EventLog,
     GenerationFormed,
-    HiddenStateSuspected,
     Paused,
     RunFailed,
     RunFinished,
@@ -78,6 +75,7 @@ class Driver:
         self._fleet = Fleet(
             self._loop, log, job, places, self._on_ready, self._on_failed, self._on_lost, placed=self._consider
         )
+        self._admission = Admission(log, job.config.deterministic)
         self._recorder = Recorder(job, folder, log)
         self._target = size.maximum
         self._members: list[Replica] = []  # of the present generation, or of the last one between two
@@ -89,9 +87,6 @@ class Driver:
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[tuple[str, Future[Any]]] = []  # what the user asked for, to be done at the next boundary
         self._false_starts = 0
-        self._reference: Replica | None = None  # whose first contribution newcomers must equal
-        self._early: list[Replica] = []  # ready before there is a reference
-        self._exact = True  # whether all admitted agents computed the same bits
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -135,59 +130,13 @@ class Driver:
 
     def _on_ready(self, replica: Replica) -> None:
         self._false_starts = 0
-        if self._admit(replica):
-            early, self._early = self._early, []
-            for other in early:
-                self._on_ready(other)
+        admitted, refused = self._admission.examine(replica)
+        for name, error in refused.items():
+            self._fleet.release(self._fleet.replicas[name], "refused")
+            if not self._members:
+                self._fail(error)
+        if admitted:
             self._consider()
-
-    def _admit(self, replica: Replica) -> bool:
-        """Compare the newcomer's first contribution with the reference."""
-        if replica.first:
-            self._reference = replica
-        elif self._reference is None:
-            # The first agent computes everything twice; whoever is ready before it waits for its verdict.
-            self._early.append(replica)
-            return False
-        assert self._reference is not None
-        same = True
-        for rank, built in enumerate(replica.built):
-            known = self._reference.built[rank]
-            assert built is not None
-            assert known is not None
-            if built.first.suspects:
-                self._log.add(HiddenStateSuspected(list(built.first.suspects)))
-            if (built.first.digest, built.state_digest) == (known.first.digest, known.state_digest):
-                continue
-            if self._job.config.deterministic:
-                self._refuse(replica, rank)
-                return False
-            same = self._exact = False
-        for rank, built in enumerate(replica.built):
-            assert built is not None
-            self._log.add(AgentAdmitted(replica.names[rank], built.seconds, built.profile, same))
-        return True
-
-    def _refuse(self, replica: Replica, rank: int) -> None:
-        assert self._reference is not None
-        built, known, hello = replica.built[rank], self._reference.built[rank], replica.hellos[rank]
-        assert built
-        assert known
-        assert hello
-        what = difference(known.first, built.first) or "the weights as built"
-        profiles = {k: (v, built.profile[k]) for k, v in known.profile.items() if built.profile[k] != v}
-        why = f"; its profile differs: {profiles}" if profiles else ""
-        reason = f"it computes other bits than {self._reference.names[rank]} in {what}{why}"
-        self._log.add(AgentRefused(replica.names[rank], hello.host, reason))
-        self._fleet.release(replica, "refused")
-        if not self._members:
-            self._fail(
-                AdmissionError(
-                    f"{replica.names[rank]} on {hello.host} was refused: {reason}. Use machines and libraries of one "
-                    "kind, make sure that build_model depends on the seeded global generators alone, or give up equal "
-                    "bits with TrainConfig(deterministic=False)."
-                )
-            )
 
     def _on_failed(self, replica: Replica, failed: Failed) -> None:
         if failed.lost_peer is not None:
@@ -218,7 +167,7 @@ class Driver:
             workers=self._job.config.virtual_workers,
             target=self._target,
             members=tuple(r.name for r in self._members),
-            ready=tuple(r.name for r in self._fleet.staged(Stage.READY) if r not in self._early),
+            ready=tuple(r.name for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)),
             starting=len(self._fleet.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)),
             exactly=script[max(script)] if script else None,
         )
@@ -229,6 +178,8 @@ class Driver:
         if decision.withdraw:
             for replica in self._fleet.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)[-decision.withdraw :]:
                 self._fleet.release(replica, "not wanted any more")
+        for name in decision.dismiss:
+            self._fleet.release(self._fleet.replicas[name], "not wanted any more")
         if decision.ask and not self._fleet.staged(Stage.ASKED):
             # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
             self._fleet.ask(1, GROWTH)
@@ -317,14 +268,9 @@ class Driver:
         kind = self._job.strategy.worker_state
         if kind == "none" or plan_before is None:
             return {}
-        moves: dict[tuple[int, int], list[int]] = {}  # (from replica in before, to replica in members) -> workers
-        for worker in range(plan.workers):
-            had = holders(plan_before, worker, kind)
-            for to in holders(plan, worker, kind):
-                if members[to] not in [before[h] for h in had]:
-                    moves.setdefault((had[0], to), []).append(worker)
+        names_before, names = [r.name for r in before], [r.name for r in members]
         result: dict[tuple[int, int], dict[int, bytes]] = {}
-        for (source, to), workers in moves.items():
+        for (source, to), workers in moves(kind, plan_before, names_before, plan, names).items():
             calls = [agent.export_states.remote(tuple(workers)) for agent in before[source].agents]
             for rank, states in enumerate(call_all(calls, _CALL_TIMEOUT_S)):
                 result.setdefault((to, rank), {}).update(states)
@@ -414,12 +360,12 @@ class Driver:
     def _finish(self, stops: list[Stopped]) -> None:
         for rank in range(self._job.replica_size):
             digests = {s.state_digest for (_, r), s in self._stopped.items() if r == rank}
-            if len(digests) > 1 and self._exact:
+            if len(digests) > 1 and self._admission.exact:
                 raise ProtocolError(f"agents ended with different states: {self._stopped}")
         last = stops[0]
         if last.evaluation is not None:
             self._recorder.evaluated(last.step, last.evaluation)
-        path = self._write_checkpoint(last.weights_digest)
+        path = self._write_checkpoint()
         for kind, answer in self._commands:
             answer.set_result(path if kind == "checkpoint" else None)
         self._commands = []
@@ -430,16 +376,17 @@ class Driver:
         self.outcome.checkpoint_path = path
         self._loop.end()
 
-    def _write_checkpoint(self, digest: str = "") -> str:
+    def _write_checkpoint(self) -> str:
         """Write the weights of the present step. Returns the checkpoint's path."""
         started = time.perf_counter()
         exports = call_all([a.export_weights.remote() for a in self._members[0].agents], _CALL_TIMEOUT_S * 10)
-        if isinstance(exports[0], Failed):
-            raise exports[0].error
+        export = exports[0]
+        if isinstance(export, Failed):
+            raise export.error
         step = self._recorder.steps
         path = f"{self._folder.path}/checkpoint-{self._folder.attempt:04d}-{step:09d}"
-        about = {"step": step, "weights_digest": digest, "config": self._job.config.as_dict()}
-        checkpoint.write(self._folder.filesystem, path, {checkpoint.WEIGHTS: exports[0]}, about)
+        about = {"step": step, "weights_digest": export.digest, "config": self._job.config.as_dict()}
+        checkpoint.write(self._folder.filesystem, path, {checkpoint.WEIGHTS: export.data}, about)
         self._log.add(CheckpointWritten(step, path, time.perf_counter() - started))
         return path
 
@@ -458,6 +405,6 @@ class Driver:
         except Exception as error:
             self._fail(error)
         self.outcome.step = self._recorder.steps
-        self.outcome.metrics = self._recorder.final(self._exact)
+        self.outcome.metrics = self._recorder.final(self._admission.exact)
         self.outcome.history = self._recorder.history
         self._recorder.close()

@@ -47,6 +47,7 @@ class Decision:
         joining, leaving: how they differ from the present ones.
         ask: replicas to ask the cluster for.
         withdraw: starting replicas that are not wanted any more.
+        dismiss: ready replicas that are not wanted any more.
         reason: in plain words.
     """
 
@@ -55,6 +56,7 @@ class Decision:
     leaving: tuple[str, ...] = ()
     ask: int = 0
     withdraw: int = 0
+    dismiss: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -75,14 +77,15 @@ def decide(view: View) -> Decision:
     joining = view.ready[: view.wanted - len(staying)]
     lacking = view.wanted - len(staying) - len(view.ready) - view.starting
     ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
+    dismiss = view.ready[len(joining) :]
     members = (*staying, *joining)
     leaving = tuple(m for m in view.members if m in view.leaving or m in surplus)
     least = view.exactly if view.exactly is not None else view.minimum
     if len(members) < least:
         reason = f"{len(members)} of at least {least} replicas are there, {view.starting + ask} are starting"
-        return Decision(None, ask=ask, withdraw=withdraw, reason=reason)
+        return Decision(None, (), (), ask, withdraw, dismiss, reason)
     words = [f"{', '.join(joining)} joining"] if joining and view.members else []
     words += [f"{', '.join(leaving)} leaving"] if leaving else []
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
-    return Decision(members, joining, leaving, ask, withdraw, reason)
+    return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)

@@ -147,7 +147,7 @@ class Handle:
             job, size, trainer._limits().places(trainer.run_config, trainer.config), folder, self._log
         )
         self._outcome: Future[Outcome] = Future()
-        self._thread = threading.Thread(target=self._run, name="ray_dnn-driver")
+        self._thread = threading.Thread(target=self._run, name="ray_dnn-driver", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -28,6 +28,7 @@ LAYERS = {
     "cluster": 3,
     "feed": 3,
     "storage": 3,
+    "admission": 3,
     "fleet": 3,
     "loop": 3,
     "recorder": 3,

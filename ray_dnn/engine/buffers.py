@@ -33,13 +33,19 @@ class Buffers:
 
     def __init__(self, model: nn.Module):
         self._owned: dict[str, _Owned] = {}
-        seen: set[int] = set()
+        self._shared: dict[str, list[_Owned]] = {}  # further places of the same tensor
+        self._model = model
+        self._holders = [module._buffers for module in model.modules()]
+        self._count = self._there()
+        first: dict[int, str] = {}
         for prefix, module in model.named_modules():
             for key, tensor in module.named_buffers(recurse=False):
-                if id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
                 name = f"{prefix}.{key}" if prefix else key
+                if id(tensor) in first:
+                    known = self._owned[first[id(tensor)]]
+                    self._shared.setdefault(first[id(tensor)], [known]).append(_Owned(module, key, *known[2:]))
+                    continue
+                first[id(tensor)] = name
                 if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
                     raise ConfigError(f"The buffer {name} is {tensor.dtype}, {tensor.layout}: not supported.")
                 self._owned[name] = _Owned(module, key, tensor, tensor.clone())
@@ -64,6 +70,7 @@ class Buffers:
 
     def changed(self) -> set[str]:
         """The names of the buffers that differ by a bit from their committed values."""
+        self._check_places()
         return {name for name in self._owned if not _same_bits(self._present(name), self._owned[name].committed)}
 
     def deltas(self, changed: set[str], weight: float, vector: Vector) -> None:
@@ -99,9 +106,32 @@ class Buffers:
             self._owned[name].committed.copy_(value)
         self.restore()
 
+    def _there(self) -> int:
+        return sum(tensor is not None for holder in self._holders for tensor in holder.values())
+
+    def _check_places(self) -> None:
+        """Refuse new buffers, and shared ones that a module replaced for itself."""
+        if self._there() > self._count:
+            known = {id(tensor) for owned in self._owned.values() for tensor in (owned.tensor, self._now(owned))}
+            new = [name for name, tensor in self._model.named_buffers() if id(tensor) not in known]
+            raise ConfigError(
+                f"The buffers {', '.join(new[:3])} appeared while a contribution was computed, so only the agent that "
+                "computed it has them. Register them with their dtype and shape in the module's constructor."
+            )
+        for name, places in self._shared.items():
+            if any(self._now(place) is not place.tensor for place in places):
+                raise ConfigError(
+                    f"The buffer {name} belongs to several modules, and one of them put another tensor in its place. "
+                    "Change it in place."
+                )
+
+    @staticmethod
+    def _now(owned: _Owned) -> torch.Tensor | None:
+        return owned.module._buffers.get(owned.key)
+
     def _present(self, name: str) -> torch.Tensor:
         owned = self._owned[name]
-        present = owned.module._buffers.get(owned.key)
+        present = self._now(owned)
         if present is None or present.shape != owned.tensor.shape or present.dtype != owned.tensor.dtype:
             now = "None" if present is None else f"{present.dtype} of shape {tuple(present.shape)}"
             raise ConfigError(

@@ -244,7 +244,8 @@ def _align(model: nn.Module) -> None:
     moved: dict[int, torch.Tensor] = {}  # by identity: a buffer may belong to several modules
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
-            if buffer.data_ptr() % 64:
+            overlapping = 0 in buffer.stride() and buffer.numel() > 1  # an expanded one cannot be written to
+            if overlapping or buffer.data_ptr() % 64:
                 module._buffers[key] = moved.setdefault(id(buffer), buffer.clone())
 
 

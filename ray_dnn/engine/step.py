@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ray_dnn.comm.exchange import TreeExchange, Vector
 from ray_dnn.comm.mesh import Mesh
-from ray_dnn.engine import codec
 from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
 from ray_dnn.engine.evaluate import Evaluator

@@ -14,7 +14,8 @@ from torch import nn
 
 from ray_dnn.errors import ConfigError
 
-_TORCH_OWN = {"_opt_called", "_warned_capturable_if_run_uncaptured"}  # flags of torch.optim for its own warnings
+# What torch.optim keeps to warn and to check once.
+_TORCH_OWN = {"_opt_called", "_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused"}
 
 
 def of_updates(
@@ -24,9 +25,7 @@ def of_updates(
     found: dict[str, object] = {f"{name}.requires_grad": p.requires_grad for name, p in parameters.items()}
     for key, optimizer in optimizers.items():
         found[f"the parameters of {key}"] = tuple(len(group["params"]) for group in optimizer.param_groups)
-        found |= {
-            f"{key}.{name}": value for name, value in _plain(vars(optimizer)).items() if name not in _TORCH_OWN
-        }
+        found |= {f"{key}.{name}": value for name, value in _plain(vars(optimizer)).items() if name not in _TORCH_OWN}
     return found
 
 

@@ -7,7 +7,7 @@ both before the exchange completes; it replaces the old one only when the step i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,22 @@ def holders(plan: Plan, worker: int, kind: str) -> tuple[int, ...]:
     if kind == "mirrored":
         return (host, (host + 1) % plan.replicas)
     return (host, *(r for r in range(plan.replicas) if r != host))
+
+
+def moves(
+    kind: str, plan_before: Plan, before: Sequence[str], plan: Plan, now: Sequence[str]
+) -> dict[tuple[int, int], list[int]]:
+    """Which states must be copied when a plan follows another: (index in ``before``, index in ``now``) -> workers.
+
+    ``before`` and ``now`` name the replicas of the two plans. Every present host is asked for what it hosts.
+    """
+    copies: dict[tuple[int, int], list[int]] = {}
+    for worker in range(plan.workers):
+        had = holders(plan_before, worker, kind)
+        for to in holders(plan, worker, kind):
+            if now[to] not in [before[holder] for holder in had]:
+                copies.setdefault((had[0], to), []).append(worker)
+    return copies
 
 
 class WorkerStates:
