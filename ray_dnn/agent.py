@@ -284,17 +284,18 @@ class Agent:
                 send_state(mesh, engine, generation.newcomers)
             engine.states.take(generation.worker_states)
             engine.enter(generation.number, mesh, plan, generation.names)
-            return self._steps(engine, generation.finish)
+            return self._steps(engine, generation)
         except PeerLostError as error:
             raise _LostPeerError(generation.names[error.peer], str(error)) from error
         finally:
             mesh.close()
             self._mesh = None
 
-    def _steps(self, engine: Engine, finish: bool) -> Stopped:
+    def _steps(self, engine: Engine, generation: Generation) -> Stopped:
         """The training loop."""
-        held = self._held()
-        while not (finish or engine.finished):
+        # Before the first exchange, only what the generation itself says is known to be held by every agent.
+        held = generation.settled
+        while not (generation.finish or engine.finished):
             if (command := self._due(engine.state.step, held)) is not None:
                 return Stopped(engine.state.step, command)
             report = engine.step(self._held())

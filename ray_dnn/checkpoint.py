@@ -99,8 +99,12 @@ def load_weights(checkpoint: Any) -> dict[str, torch.Tensor]:
 def _place(checkpoint: Any) -> tuple[pyarrow.fs.FileSystem, str]:
     if hasattr(checkpoint, "filesystem") and hasattr(checkpoint, "path"):
         return checkpoint.filesystem, str(checkpoint.path)
-    text = os.fspath(checkpoint)
-    if "://" in text:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(text)
-        return filesystem, path
-    return pyarrow.fs.LocalFileSystem(), os.path.abspath(text)
+    return open_folder(os.fspath(checkpoint))
+
+
+def open_folder(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path on it."""
+    if "://" in path:
+        filesystem, root = pyarrow.fs.FileSystem.from_uri(path)
+        return filesystem, root
+    return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))

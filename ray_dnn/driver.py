@@ -8,6 +8,7 @@ then forms the next generation: the present members without those that leave, an
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from ray_dnn.agent import Command, Failed, Generation, Job, Stopped
 from ray_dnn.cluster import Places
 from ray_dnn.engine.step import StepReport
 from ray_dnn.engine.worker_states import moves
-from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
+from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
     CheckpointWritten,
     Decided,
@@ -87,6 +88,9 @@ class Driver:
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[tuple[str, Future[Any]]] = []  # what the user asked for, to be done at the next boundary
         self._false_starts = 0
+        self._asking = threading.Lock()  # guards the two below, which the threads of the user share
+        self._answers: list[Future[Any]] = []  # to all requests so far
+        self._ended = False  # once true, no request is taken
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -108,6 +112,11 @@ class Driver:
     def request(self, kind: str, value: int = 0) -> Future[Any]:
         """Ask for "stop", "checkpoint" or "resize" at the next step boundary, or "interrupt" at once."""
         answer: Future[Any] = Future()
+        with self._asking:
+            if self._ended:
+                answer.set_exception(RayDnnError("The run has ended; handle.result() has its result."))
+                return answer
+            self._answers.append(answer)
         self._loop.post(lambda: self._on_request(kind, value, answer))
         return answer
 
@@ -398,8 +407,11 @@ class Driver:
 
     def _close(self) -> None:
         """Leave nothing behind."""
-        for _, answer in self._commands:
-            answer.set_exception(self.outcome.error or RuntimeError("the run has ended"))
+        with self._asking:
+            self._ended = True
+        for answer in self._answers:
+            if not answer.done():
+                answer.set_exception(self.outcome.error or RayDnnError("The run has ended."))
         try:
             self._fleet.close("the run has ended")
         except Exception as error:

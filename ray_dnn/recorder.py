@@ -32,7 +32,7 @@ class Recorder:
         self._speeds: dict[str, float] = {}  # contributions per second, smoothed, by replica
         self._last: StepReport | None = None
         self._rows = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._told = time.time()
         self._told_step = self._told_rows = 0
         self._skipped = 0
         self._agents: set[str] = set()
@@ -44,6 +44,8 @@ class Recorder:
         """Record a committed step. Reports that are known already are passed over."""
         if report.step < self.steps:
             return
+        if self._last is None:  # the clock starts with the first step, not with the agents
+            self._started = self._told = report.began
         if report.step > self.steps:
             raise ProtocolError(f"step {report.step} was reported where step {self.steps} is due")
         self.steps += 1
@@ -80,7 +82,7 @@ class Recorder:
         return [speed for speed in known if speed is not None]
 
     def _progress(self, agents: int) -> None:
-        now = time.monotonic()
+        now = time.time()
         total = self._job.schedule.total_steps
         every = min(max(_PROGRESS_LEAST_S, (now - self._started) / 30), _PROGRESS_MOST_S)
         if now - self._told < every and self.steps < total:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 
 import pyarrow.fs
 
+from ray_dnn.checkpoint import open_folder
 from ray_dnn.errors import ConfigError
 
 EVENTS = "events"
@@ -26,12 +26,7 @@ class RunFolder:
     """
 
     def __init__(self, storage_path: str, name: str, filesystem: pyarrow.fs.FileSystem | None = None):
-        if filesystem is not None:
-            self.filesystem, root = filesystem, storage_path
-        elif "://" in storage_path:
-            self.filesystem, root = pyarrow.fs.FileSystem.from_uri(storage_path)
-        else:
-            self.filesystem, root = pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(storage_path))
+        self.filesystem, root = (filesystem, storage_path) if filesystem is not None else open_folder(storage_path)
         self.path = f"{root.rstrip('/')}/{name}"
         try:
             self.filesystem.create_dir(self.path, recursive=True)
@@ -96,14 +91,14 @@ class LineFile:
             self._stream.close()
 
 
-def read_lines(path: str, kind: str, attempt: int | None = None) -> list[str]:
-    """The lines of a run's file, all parts together. ``attempt``: None for the last one.
+def read_lines(filesystem: pyarrow.fs.FileSystem, root: str, kind: str, attempt: int | None = None) -> list[str]:
+    """The lines of a run's file, all parts together.
 
     Args:
-        path: the run's folder (``Result.path``, or a URI).
+        root: the run's folder.
         kind: `EVENTS` or `LEDGER`.
+        attempt: None for the last one.
     """
-    filesystem, root = pyarrow.fs.FileSystem.from_uri(path) if "://" in path else (pyarrow.fs.LocalFileSystem(), path)
     names = sorted(info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root)))
     mine = [n for n in names if n.startswith(f"{kind}-")]
     if not mine:

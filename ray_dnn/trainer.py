@@ -69,6 +69,14 @@ class Trainer:
         if len(self.datasets) > 1 and self.spec.evaluate is None:
             extra = sorted(set(self.datasets) - {"train"})
             raise ConfigError(f"datasets has {extra} to evaluate, but TrainSpec.evaluate is None. Give the function.")
+        if len(self.datasets) == 1:
+            for name, given in (
+                ("TrainSpec.evaluate", self.spec.evaluate),
+                ("TrainSpec.stop", self.spec.stop),
+                ("TrainConfig.evaluate_every", self.config.evaluate_every),
+            ):
+                if given is not None:
+                    raise ConfigError(f"{name} is given, but datasets has only 'train': there is nothing to evaluate.")
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.strategy!r}: must be a ray_dnn.Strategy.")
         if self.config.checkpoint_every is not None:

@@ -35,7 +35,7 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path, filesystem: Any) ->
         if number % 2:
             file.flush()
     file.close()
-    assert read_lines(folder.path, EVENTS) == [f"line {n}" for n in range(6)]
+    assert read_lines(LOCAL, folder.path, EVENTS) == [f"line {n}" for n in range(6)]
 
 
 def test_every_attempt_has_files_of_its_own(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_every_attempt_has_files_of_its_own(tmp_path: Path) -> None:
         file = folder.append_file(EVENTS)
         file.write(f"attempt {attempt}")
         file.close()
-    assert read_lines(folder.path, EVENTS) == ["attempt 2"]
-    assert read_lines(folder.path, EVENTS, attempt=1) == ["attempt 1"]
+    assert read_lines(LOCAL, folder.path, EVENTS) == ["attempt 2"]
+    assert read_lines(LOCAL, folder.path, EVENTS, attempt=1) == ["attempt 1"]
 
 
 def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:

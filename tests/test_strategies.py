@@ -65,7 +65,7 @@ def divided(path: Path, agents: Any, model: Any = Divided, size: int = 2) -> Any
 
 def test_replicas_of_two_agents_run_through_the_same_engine(tmp_path: Path) -> None:
     one = divided(tmp_path / "one", 2).fit()
-    moving = fit_resizing(divided(tmp_path / "moving", (2, 6)), {0: 1, 2: 3, 6: 2})
+    moving = fit_resizing(divided(tmp_path / "moving", (2, 6)), {0: 2, 2: 6, 6: 4})
     assert digest(one) == digest(moving)
     assert_every_row_once(moving)
     formed = [e for e in read_events(moving.path) if isinstance(e, GenerationFormed)]

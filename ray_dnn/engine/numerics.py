@@ -64,6 +64,8 @@ def enforce(config: TrainConfig) -> Profile:
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(config.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Attention in eval mode would take another path, which fails under autocast.
+    torch.backends.mha.set_fastpath_enabled(False)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

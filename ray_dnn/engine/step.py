@@ -37,6 +37,7 @@ class StepReport:
         held: the newest decision that every replica held.
         compute_s, exchange_s: of this agent.
         speeds: contributions per second, by replica.
+        began: when it began, in seconds since the epoch.
         evaluation: metrics of an evaluation after this step, or None.
         time: when it was committed, in seconds since the epoch.
     """
@@ -52,6 +53,7 @@ class StepReport:
     compute_s: float
     exchange_s: float
     speeds: tuple[float, ...]
+    began: float
     evaluation: dict[str, float] | None = None
     time: float = field(default_factory=time.time)
 
@@ -119,7 +121,7 @@ class Engine:
         metrics: dict[str, float] = {}
         skipped: list[str] = []
         exchange_s = 0.0
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         for phase in state.phases:
             state.phase = phase
             round_ = self._combine(held)
@@ -143,6 +145,7 @@ class Engine:
             compute_s=seconds - exchange_s,
             exchange_s=exchange_s,
             speeds=tuple(len(self.plan.hosted(r)) / max(s, 1e-6) for r, s in enumerate(round_.seconds)),
+            began=began,
             evaluation=self._evaluate(),
         )
 
