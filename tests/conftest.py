@@ -25,6 +25,7 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_prestart_worker_first_driver": "0",  # else Ray starts an idle process for each CPU that a test might want
     "PYTHONPATH": os.path.dirname(__file__),  # jobs of the tests are modules here, which agents must find
 }
 os.environ.pop("RAY_ADDRESS", None)
