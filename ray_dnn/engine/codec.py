@@ -100,11 +100,13 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def first_difference(one: Tree, other: Tree, where: str = "") -> str | None:
     """The path of the first place at which two trees differ by a bit; None where they are equal."""
-    left, right = dict(_leaves(one, where)), dict(_leaves(other, where))
-    for path in [*left, *(p for p in right if p not in left)]:
-        if path not in left or path not in right or digest(left[path]) != digest(right[path]):
-            return path
-    return None
+    left, right = leaf_digests(one, where), leaf_digests(other, where)
+    return next((path for path in left | right if left.get(path) != right.get(path)), None)
+
+
+def leaf_digests(tree: Tree, where: str = "") -> dict[str, str]:
+    """The digest of everything in a tree that is no container, by path."""
+    return {path: digest(leaf) for path, leaf in _leaves(tree, where)}
 
 
 def _leaves(tree: Tree, path: str) -> Iterator[tuple[str, Tree]]:

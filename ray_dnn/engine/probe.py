@@ -52,9 +52,10 @@ def first_contribution(contributor: Contributor, twice: bool) -> FirstContributi
     for phase in state.phases:
         state.phase = phase
         before = dict(_outside(contributor))
+        committed = codec.leaf_digests(state.export()) if twice else {}
         given, _, tree = contributor.first()
         if twice:
-            suspects += _again(contributor, tree, before)
+            suspects += _again(contributor, tree, before, committed)
         metrics[phase] = sorted(given.metrics)
         parts |= {f"{phase}: {path}": codec.digest(value) for path, value in _flat(tree)}
     state.phase = state.phases[0]
@@ -62,17 +63,22 @@ def first_contribution(contributor: Contributor, twice: bool) -> FirstContributi
     return FirstContribution(hashlib.sha256(text.encode()).hexdigest(), parts, metrics, tuple(dict.fromkeys(suspects)))
 
 
-def _again(contributor: Contributor, tree: codec.Tree, before: dict[str, str]) -> list[str]:
+def _again(contributor: Contributor, tree: codec.Tree, before: dict[str, str], committed: dict[str, str]) -> list[str]:
     """Compute another contribution, then the first one again; compare. Returns outside state that changed."""
-    weights = codec.digest(contributor.state.export())
     other = min(1, contributor.state.config.virtual_workers - 1)
     contributor.first(other)
     _, _, second = contributor.first()
     after = dict(_outside(contributor))
     changed = [name for name in after if before.get(name) != after[name]]
+    moved = [
+        path for path, digest in codec.leaf_digests(contributor.state.export()).items() if digest != committed[path]
+    ]
+    if moved:
+        raise HiddenStateError(
+            f"Computing a contribution changed the committed state itself: {', '.join(moved[:3])}. Only the agent that "
+            "computed it would know of that. Change parameters in after_update."
+        )
     difference = codec.first_difference(tree, second)
-    if difference is None and codec.digest(contributor.state.export()) != weights:
-        difference = "the committed state itself"
     if difference is None:
         return changed
     hint = f"Changed meanwhile: {', '.join(changed)}." if changed else "Nothing that could be inspected changed."

@@ -178,7 +178,7 @@ class TrainingState:
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "buffers": {n: self.buffers.committed(n) for n in self.buffers.floats + self.buffers.others},
-            "optimizers": {key: _export_optimizer(opt) for key, opt in self.optimizers.items()},
+            "optimizers": {key: _export_optimizer(opt, self.parameters) for key, opt in self.optimizers.items()},
             "schedulers": {key: scheduler.state_dict() for key, scheduler in self.schedulers.items()},
             "extra": {key: item.state_dict() for key, item in self.extra.items()},
             "loss_scale": vars(self.loss_scale) if self.loss_scale else None,
@@ -194,7 +194,7 @@ class TrainingState:
             self.buffers.committed(name).copy_(tree["buffers"][name])
         self.buffers.restore()
         for key, optimizer in self.optimizers.items():
-            _load_optimizer(optimizer, tree["optimizers"][key])
+            _load_optimizer(key, optimizer, self.parameters, tree["optimizers"][key])
         for key, scheduler in self.schedulers.items():
             scheduler.load_state_dict(tree["schedulers"][key])
         for key, item in self.extra.items():
@@ -269,24 +269,36 @@ def _check_scheduler(key: str, scheduler: object) -> None:
     codec.encode(scheduler.state_dict(), f"the scheduler of {key}")  # type: ignore[attr-defined]
 
 
-def _export_optimizer(optimizer: torch.optim.Optimizer) -> codec.Tree:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def _export_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> codec.Tree:
+    """By name: the order of a group is another in every process where it was made of a set."""
     return {
-        "state": {i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state},
+        "state": {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state},
         "shared": {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)},
-        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "groups": [
+            {k: v for k, v in group.items() if k not in ("params", "param_names")} for group in optimizer.param_groups
+        ],
+        "names": _group_names(optimizer, parameters),
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tree: codec.Tree) -> None:
+def _load_optimizer(
+    key: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tree: codec.Tree
+) -> None:
     """Set the state as it is. ``Optimizer.load_state_dict`` would cast it to the parameters' dtypes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if tree["names"] != _group_names(optimizer, parameters):
+        raise ConfigError(f"The parameters in the groups of {key} are others than on the agent that sent its state.")
     optimizer.state.clear()
-    for index, entries in tree["state"].items():
-        optimizer.state[parameters[index]] = dict(entries)
+    for name, entries in tree["state"].items():
+        optimizer.state[parameters[name]] = dict(entries)
     optimizer.state.update(tree["shared"])
     for group, values in zip(optimizer.param_groups, tree["groups"], strict=True):
         group.update(values)
+
+
+def _group_names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """The names of each group's parameters, in the model's order."""
+    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    return [[name for name, p in parameters.items() if id(p) in group] for group in groups]
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

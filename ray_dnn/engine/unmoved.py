@@ -48,8 +48,8 @@ def refuse_changes(before: Mapping[str, object], after: Mapping[str, object], wh
         return
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     raise ConfigError(
-        f"{', '.join(names[:3])} changed in {when}. It is neither parameter, buffer, optimizer state nor extra state, so "
-        "agents that join later would not have it. Make it one of these."
+        f"{', '.join(names[:3])} changed in {when}. It is neither parameter, buffer, optimizer state nor extra state, "
+        "so agents that join later would not have it. Make it one of these."
     )
 
 

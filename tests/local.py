@@ -1,0 +1,478 @@
+"""Runs jobs with the real engine on this machine, without Ray: agents are processes, membership follows a script.
+
+A script ``{step: replicas}`` says how many replicas take part from a step on. Each named step begins a generation with
+a mesh and a plan of its own. Newcomers copy the state from a replica that stays, leavers are gone, and the states of
+virtual workers move to whoever holds them under the new plan. Who leaves alternates between oldest and newest, and an
+unchanged number replaces the oldest replica, so that state is passed on more than once.
+
+Agents are forked from a process in which torch is loaded under the numerics profile and nothing has run. They serve one
+run after another, as an agent of a long run would have a past. Every wait is bounded; an agent's exception is raised
+in the caller with the agent's traceback as a note; agents of a run that failed are killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from ray_dnn.comm.mesh import Address, Listener, Mesh, PeerLostError
+from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.engine import codec, numerics
+from ray_dnn.engine.batches import BatchSource
+from ray_dnn.engine.contribute import Contributor
+from ray_dnn.engine.evaluate import Evaluator
+from ray_dnn.engine.probe import FirstContribution, first_contribution
+from ray_dnn.engine.state import TrainingState
+from ray_dnn.engine.step import Engine, StepReport
+from ray_dnn.engine.transfer import receive_state, send_state
+from ray_dnn.engine.worker_states import moves
+from ray_dnn.parallel import ReplicaGroup
+from ray_dnn.plan import Plan, lay
+from ray_dnn.sampler import RowOrder, Rows, Schedule
+from ray_dnn.strategies import DataParallel, Strategy
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 120.0
+_PRELOAD = ("tests.zoo", "torch._dynamo")  # an optimizer's constructor would import the latter in every process
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job as the engine needs it.
+
+    Attributes:
+        rows, validation: the datasets.
+        preload: modules that are imported before agents are forked.
+    """
+
+    spec: TrainSpec
+    config: TrainConfig
+    rows: pa.Table
+    validation: pa.Table | None = None
+    strategy: Strategy = field(default_factory=DataParallel)
+    preload: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> RowOrder:
+        rows = self.rows.num_rows
+        window = {"none": 0, "windowed": self.config.shuffle_window, "global": rows}[self.config.shuffle]
+        return RowOrder(rows, self.config.seed, window)
+
+    @property
+    def schedule(self) -> Schedule:
+        config = self.config
+        return Schedule(
+            rows=self.rows.num_rows,
+            batch_size=config.batch_size,
+            virtual_workers=config.virtual_workers,
+            min_rows=config.min_rows,
+            local_batches=self.strategy.local_batches,
+            epochs=config.epochs,
+            steps=config.steps,
+        )
+
+
+Make = Callable[[], Job]  # can be pickled
+
+
+class Reader:
+    """Rows of a table."""
+
+    def __init__(self, table: pa.Table):
+        self._table = table
+
+    def rows(self, row_ids: Rows) -> pa.Table:
+        return self._table.take(pa.array(row_ids))
+
+    def prefetch(self, row_ids: Rows) -> None:
+        pass
+
+
+def contributor(job: Job) -> Contributor:
+    """The job, built in this process."""
+    assert job.spec.collate is not None
+    state = TrainingState(job.spec, job.config)
+    source = BatchSource(
+        Reader(job.rows), job.order, job.schedule, job.spec.collate, job.config.seed, job.config.microbatch_size
+    )
+    return Contributor(state, job.strategy, source)
+
+
+# -- an agent's process ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """An agent's place in a generation. ``until``: the step before which it ends; None: the job's end."""
+
+    plan: Plan
+    replica: int
+    addresses: tuple[Address, ...]
+    source: int
+    newcomers: tuple[int, ...]
+    worker_states: dict[int, bytes]
+    until: int | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an agent has after a generation. ``worker_states``: the workers whose states it holds, encoded."""
+
+    reports: list[StepReport]
+    history: list[dict[str, float]]
+    weights: str
+    state: str
+    worker_states: dict[int, bytes]
+    finished: bool
+
+
+class Agent:
+    """What runs in a process; the caller's requests are its methods."""
+
+    def open(self, secret: bytes) -> Address:
+        self._secret = secret
+        self._listener = Listener("127.0.0.1", secret)
+        return self._listener.address
+
+    def build(self, make: Make, twice: bool) -> FirstContribution:
+        job = make()
+        numerics.enforce(job.config)
+        made = contributor(job)
+        first = first_contribution(made, twice)
+        evaluator = None
+        if job.validation is not None:
+            readers = {"validation": (Reader(job.validation), job.validation.num_rows)}
+            evaluator = Evaluator(made.state, readers, made.source._collate)
+        self._engine = Engine(made, evaluator, ReplicaGroup(), first.metrics)
+        self._engine.states.start()
+        return first
+
+    def train(self, place: Place) -> Trained:
+        engine, plan = self._engine, place.plan
+        reports = []
+        mesh = Mesh(plan.number, place.replica, plan.replicas)
+        try:
+            mesh.form(self._listener, self._secret, place.addresses, timeout_s=20)
+            if place.replica in place.newcomers:
+                receive_state(mesh, engine, place.source)
+            elif place.replica == place.source:
+                send_state(mesh, engine, place.newcomers)
+            engine.states.take(place.worker_states)
+            engine.enter(plan.number, mesh, plan, ("an agent",) * plan.replicas)
+            while not engine.finished and engine.state.step != place.until:
+                reports.append(engine.step(0))
+            if engine.finished:
+                engine.finish()
+        finally:
+            mesh.close()
+        return Trained(
+            reports,
+            list(engine.history),
+            codec.weights_digest(engine.state.weights(ReplicaGroup())),
+            codec.digest(engine.state.export()),
+            engine.states.export(),
+            engine.finished,
+        )
+
+    def export(self) -> bytes:
+        return codec.encode(self._engine.state.export())
+
+    def close(self) -> None:
+        self._listener.close()
+        del self._engine
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+def _answer(connection: Connection) -> None:
+    """Serve requests until the caller closes the connection."""
+    agent = Agent()
+    while True:
+        try:
+            method, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((getattr(agent, method)(*args), None))
+        except BaseException as error:
+            connection.send((None, _portable(error)))
+
+
+def _portable(error: BaseException) -> tuple[BaseException, BaseException | None, str]:
+    """An exception, its cause, and its traceback; a stand-in for what cannot be pickled."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps((error, error.__cause__)))
+    except Exception:
+        return RuntimeError(repr(error)), None, text
+    return error, error.__cause__, text
+
+
+def serve(descriptor: int, preload: Sequence[str]) -> None:
+    """The process that agents are forked from: one fork for each descriptor that arrives."""
+    for name in preload:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as requests:
+        while (received := socket.recv_fds(requests, 1, 1))[0]:
+            (theirs,) = received[1]
+            if os.fork() == 0:
+                requests.close()
+                connection = Connection(theirs)
+                connection.send(os.getpid())
+                _answer(connection)
+                os._exit(0)
+            os.close(theirs)
+
+
+# -- the caller ------------------------------------------------------------------------------------------------------
+
+
+class _Process:
+    """One agent's process, from here."""
+
+    def __init__(self, forker: socket.socket):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(forker, [b"x"], [theirs.fileno()])
+        self.connection = Connection(ours.detach())
+        self.pid = self._receive()
+
+    def _receive(self) -> Any:
+        if not self.connection.poll(TIMEOUT_S):
+            raise TimeoutError("an agent's process did not start")
+        return self.connection.recv()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.connection.close()
+
+
+class _Pool:
+    """Idle processes under one numerics profile."""
+
+    def __init__(self, isa: str, preload: tuple[str, ...]):
+        config = TrainConfig(batch_size=1, epochs=1, cpu_isa=isa)  # type: ignore[arg-type]
+        self._idle: list[_Process] = []
+        self._forker, theirs = socket.socketpair()
+        code = f"from tests.local import serve; serve({theirs.fileno()}, {(*_PRELOAD, *preload)!r})"
+        with theirs:
+            environment = os.environ | numerics.environment(config)
+            environment.pop("RAY_TMPDIR", None)  # which marks processes that belong to a cluster
+            self._root = subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+
+    @contextlib.contextmanager
+    def borrow(self, count: int) -> Iterator[list[_Process]]:
+        """So many processes; killed where the block raises, else given back."""
+        taken = [self._idle.pop() if self._idle else _Process(self._forker) for _ in range(count)]
+        try:
+            yield taken
+        except BaseException:
+            for process in taken:
+                process.kill()
+            raise
+        self._idle += taken
+
+    def close(self) -> None:
+        """End all processes; none is at work."""
+        for process in self._idle:
+            process.kill()
+        self._forker.close()
+        self._root.kill()
+        self._root.wait(TIMEOUT_S)
+
+
+_pools: dict[tuple[str, tuple[str, ...]], _Pool] = {}
+
+
+def _pool(isa: str, preload: tuple[str, ...]) -> _Pool:
+    if (isa, preload) not in _pools:
+        _pools[isa, preload] = _Pool(isa, preload)
+    return _pools[isa, preload]
+
+
+@atexit.register
+def close() -> None:
+    """End all processes. Those that are needed again are started anew."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+def _ask(requests: Sequence[tuple[_Process, str, tuple[Any, ...]]]) -> list[Any]:
+    """Send requests and wait for all answers. A lost peer is the consequence of another failure, which is raised."""
+    for process, method, args in requests:
+        process.connection.send((method, args))
+    waiting = {process.connection: index for index, (process, _, _) in enumerate(requests)}
+    answers: list[Any] = [None] * len(requests)
+    failures = []
+    deadline = time.monotonic() + TIMEOUT_S
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"{len(waiting)} of {len(requests)} agents did not answer {requests[0][1]}")
+        for connection in ready:
+            answers[waiting.pop(connection)], failure = connection.recv()  # type: ignore[call-overload, union-attr]
+            failures += [failure] if failure else []
+    failures.sort(key=lambda failure: isinstance(failure[0], PeerLostError))
+    for error, cause, text in failures:
+        error.add_note(f"In an agent:\n{text}")
+        raise error from cause
+    return answers
+
+
+def call(job: Job, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in an agent's process of the job's profile."""
+    with _pool(job.config.isa, job.preload).borrow(1) as (process,):
+        return _ask([(process, "call", (function, *args))])[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind: everything that must not depend on who took part.
+
+    Attributes:
+        steps: of each step metrics, rows, ledger and evaluation, as text that shows every bit.
+        weights, state: digests.
+        tree: the exported state, encoded.
+    """
+
+    steps: tuple[str, ...]
+    history: str
+    weights: str
+    state: str
+    worker_states: dict[int, bytes]
+    tree: bytes
+    reports: tuple[StepReport, ...]
+    first: FirstContribution
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers."""
+        tree = codec.decode(self.tree)
+        return tree["parameters"] | tree["buffers"]
+
+
+def run(make: Make, sizes: Mapping[int, int]) -> Run:
+    """Run a job under a script, checking after each generation that all its members agree."""
+    job = make()
+    generations = itinerary({step: min(size, job.config.virtual_workers) for step, size in sizes.items()})
+    count = 1 + max(max(members) for _, members in generations)
+    ends = [step for step, _ in generations[1:]] + [None]
+    reports: list[StepReport] = []
+    with _pool(job.config.isa, job.preload).borrow(count) as agents:
+        secret = secrets.token_bytes(32)
+        addresses = _ask([(a, "open", (secret,)) for a in agents])
+        firsts = _ask([(a, "build", (make, index == 0)) for index, a in enumerate(agents)])
+        assert len({first.digest for first in firsts}) == 1, "agents disagree about the first contribution"
+        before: tuple[Plan, tuple[int, ...], list[Trained]] | None = None
+        for number, ((_, members), until) in enumerate(zip(generations, ends, strict=True)):
+            plan = lay(number, job.config.virtual_workers, speeds(number, len(members)))
+            places = _places(plan, members, before, job.strategy.worker_state)
+            there = tuple(addresses[m] for m in members)
+            requests = [
+                (agents[m], "train", (replace(place, addresses=there, until=until),))
+                for m, place in zip(members, places, strict=True)
+            ]
+            trained = _ask(requests)
+            _check_agreement(trained, [agents[m] for m in members])
+            reports += trained[0].reports
+            before = plan, members, trained
+            if trained[0].finished:
+                break
+        (tree,) = _ask([(agents[members[-1]], "export", ())])
+        _ask([(a, "close", ()) for a in agents])
+    last = trained[0]
+    states = {w: state for t in trained for w, state in t.worker_states.items()}
+    steps = tuple(map(bits, reports))
+    history = json.dumps(last.history)
+    return Run(steps, history, last.weights, last.state, dict(sorted(states.items())), tree, tuple(reports), firsts[0])
+
+
+def itinerary(sizes: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
+    """The generations of a script: from which step on, and the agents by replica."""
+    members: list[int] = []
+    agents = 0
+    generations = []
+    for number, (step, size) in enumerate(sorted(sizes.items())):
+        leaving = max(0, len(members) - size) or int(len(members) == size > 1)
+        members = members[leaving:] if number % 2 else members[: len(members) - leaving]
+        newcomers = range(agents, agents + size - len(members))
+        agents += len(newcomers)
+        members = [*members, *newcomers]
+        generations.append((step, tuple(members)))
+    return generations
+
+
+def speeds(generation: int, replicas: int) -> list[float]:
+    """Equal in the first generation, then such that ranges do not align with the tree."""
+    return [1.0 + (3 * r + 5 * generation) % 4 * bool(generation) for r in range(replicas)]
+
+
+def _places(
+    plan: Plan, members: tuple[int, ...], before: tuple[Plan, tuple[int, ...], list[Trained]] | None, kind: str
+) -> list[Place]:
+    """The places of a generation. The newest of those who stay is the source."""
+    stayed = [r for r, m in enumerate(members) if before is None or m in before[1]]
+    newcomers = tuple(r for r in range(len(members)) if r not in stayed)
+    states: list[dict[int, bytes]] = [{} for _ in members]
+    if before is not None and kind != "none":
+        plan_before, members_before, trained = before
+        copies = moves(kind, plan_before, [*map(str, members_before)], plan, [*map(str, members)])
+        for (source, to), workers in copies.items():
+            states[to] |= {worker: trained[source].worker_states[worker] for worker in workers}
+    return [Place(plan, replica, (), stayed[-1], newcomers, states[replica], None) for replica in range(len(members))]
+
+
+def _check_agreement(trained: Sequence[Trained], agents: Sequence[_Process]) -> None:
+    """Fail, naming the first place that differs, where members of a generation do not agree."""
+    for other, agent in zip(trained[1:], agents[1:], strict=True):
+        assert [bits(r) for r in other.reports] == [bits(r) for r in trained[0].reports]
+        assert json.dumps(other.history) == json.dumps(trained[0].history)
+        if (other.state, other.weights) != (trained[0].state, trained[0].weights):
+            one, two = (codec.decode(raw) for raw in _ask([(a, "export", ()) for a in (agents[0], agent)]))
+            raise AssertionError(f"agents of one generation differ in {codec.first_difference(one, two)}")
+
+
+def bits(report: StepReport) -> str:
+    """What of a report must be the same whoever took part. Floats are written with all their digits."""
+    names = ("step", "metrics", "rows", "worker_rows", "worker_digests", "skipped", "evaluation")
+    return json.dumps({name: getattr(report, name) for name in names})
+
+
+def assert_same(one: Run, other: Run) -> None:
+    """Fail, naming the first place that differs, where two runs of a job differ by a bit."""
+    for mine, theirs in zip(one.steps, other.steps, strict=True):
+        assert mine == theirs
+    assert one.history == other.history
+    difference = codec.first_difference(codec.decode(one.tree), codec.decode(other.tree))
+    assert difference is None, f"the runs differ in {difference}"
+    assert (one.weights, one.state) == (other.weights, other.state)
+    assert one.worker_states == other.worker_states

@@ -1,0 +1,339 @@
+"""The mesh: bytes arrive where they belong, waits end when they should, and nobody else gets in."""
+
+import contextlib
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_dnn.comm.exchange import TreeExchange
+from ray_dnn.comm.mesh import _HELLO, _MAGIC, AbandonedError, Listener, Mesh, PeerLostError
+from ray_dnn.plan import Plan
+from ray_dnn.tree import Node, fold
+
+SECRET = b"s" * 32
+LIMIT_S = 30.0
+examples = settings(deadline=None, derandomize=True, max_examples=25)
+
+
+@contextlib.contextmanager
+def connected(size: int) -> Iterator[list[Mesh]]:
+    """A mesh over socket pairs."""
+    members = [Mesh(0, rank, size) for rank in range(size)]
+    for high in range(size):
+        for low in range(high):
+            one, other = socket.socketpair()
+            members[low].attach(high, one)
+            members[high].attach(low, other)
+    try:
+        yield members
+    finally:
+        for member in members:
+            member.close()
+
+
+def start(call: Callable[[], Any]) -> "Future[Any]":
+    """Run in a thread of its own."""
+    future: Future[Any] = Future()
+
+    def body() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    return future
+
+
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Run at the same time; the results."""
+    return [future.result(LIMIT_S) for future in [start(call) for call in calls]]
+
+
+def views(buffers: list[bytes] | list[bytearray]) -> list[memoryview]:
+    return [memoryview(buffer) for buffer in buffers]
+
+
+# -- exchange --------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(0, 300) | st.sampled_from([70_000, 900_000]), max_size=4)
+
+
+@examples
+@given(st.integers(1, 4), st.data())
+def test_everybody_receives_what_was_sent_in_order(size: int, data: st.DataObject) -> None:
+    pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
+    rng = random.Random(len(pairs))
+    sent = {pair: [rng.randbytes(n) for n in data.draw(sizes)] for pair in pairs}
+    inbox = {pair: [bytearray(len(b)) for b in buffers] for pair, buffers in sent.items()}
+    arrived: dict[tuple[int, int], list[int]] = {pair: [] for pair in pairs}
+
+    def exchange(mesh: Mesh) -> None:
+        me = mesh.rank
+        mesh.exchange(
+            {peer: views(sent[me, peer]) for peer in mesh.peers},
+            {peer: views(inbox[peer, me]) for peer in mesh.peers},
+            lambda peer, index: arrived[peer, me].append(index),
+        )
+
+    with connected(size) as members:
+        together([lambda mesh=mesh: exchange(mesh) for mesh in members])  # type: ignore[misc]
+    assert inbox == sent
+    assert arrived == {pair: list(range(len(buffers))) for pair, buffers in sent.items()}
+
+
+def test_payloads_are_gathered_by_rank() -> None:
+    with connected(3) as members:
+        same = together([lambda m=m: m.gather(bytes([m.rank]) * 3) for m in members])  # type: ignore[misc]
+        unlike = together([lambda m=m: m.gather_variable(b"x" * m.rank) for m in members])  # type: ignore[misc]
+    assert same == [[b"\0\0\0", b"\1\1\1", b"\2\2\2"]] * 3
+    assert unlike == [[b"", b"x", b"xx"]] * 3
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    workers = draw(st.integers(1, 9))
+    cuts = draw(st.sets(st.integers(1, workers - 1), max_size=3)) if workers > 1 else set()
+    return Plan(0, (0, *sorted(cuts), workers))
+
+
+@examples
+@given(plans(), st.integers(0, 200), st.integers(0, 90), st.integers(0, 99))
+def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, doubles: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+
+    def lanes() -> list[torch.Tensor]:
+        return [torch.randn(singles, generator=rng), torch.randn(doubles, generator=rng, dtype=torch.float64)]
+
+    def add(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [a + b for a, b in zip(left, right, strict=True)]
+
+    known = {Node(w, w + 1): lanes() for w in range(plan.workers)}
+    outs = [lanes() for _ in range(plan.replicas)]
+
+    def combine(mesh: Mesh) -> list[list[bytes]]:
+        exchange = TreeExchange(mesh, plan)
+        folded = {node: fold(node, known.get, add) for node in plan.cover(mesh.rank)}
+        header_sizes = list(range(plan.replicas))
+        return [exchange.combine(b"h" * mesh.rank, header_sizes, folded, outs[mesh.rank]) for _ in range(2)]
+
+    with connected(plan.replicas) as members:
+        headers = together([lambda m=m: combine(m) for m in members])  # type: ignore[misc]
+    assert headers == [[[b"h" * r for r in range(plan.replicas)]] * 2] * plan.replicas
+    expected = fold(Node(0, plan.workers), known.get, add)
+    for out in outs:
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+# -- the end of a wait -----------------------------------------------------------------------------------------------
+
+
+def wait_for(mesh: Mesh, *peers: int, begun: threading.Event | None = None) -> None:
+    """Receive two bytes from each peer; ``begun`` is set when the first one is there."""
+    mesh.exchange({}, {p: views([bytearray(1), bytearray(1)]) for p in peers}, lambda *_: begun and begun.set())
+
+
+def send(mesh: Mesh, peer: int, data: bytes = b"x") -> None:
+    mesh.exchange({peer: [memoryview(data)]}, {})
+
+
+def test_a_closed_peer_ends_the_wait_of_all_others() -> None:
+    with connected(4) as members:
+        waiting = [start(lambda m=m: wait_for(m, *m.peers)) for m in members[:3]]  # type: ignore[misc]
+        send(members[3], 0)
+        members[3].close()
+        errors = [future.exception(LIMIT_S) for future in waiting]
+    assert [type(error) for error in errors] == [PeerLostError] * 3
+    assert [error.peer for error in errors] == [3] * 3  # type: ignore[union-attr]
+
+
+def test_sending_to_a_closed_peer_ends_too() -> None:
+    with connected(2) as (one, other):
+        other.close()
+        with pytest.raises(PeerLostError):
+            send(one, 1, b"x" * 10_000_000)
+
+
+def test_abandoning_ends_a_wait_that_has_begun() -> None:
+    begun = threading.Event()
+    with connected(2) as (one, other):
+        waiting = start(lambda: wait_for(one, 1, begun=begun))
+        send(other, 0)
+        assert begun.wait(LIMIT_S)
+        one.abandon()
+        assert isinstance(waiting.exception(LIMIT_S), AbandonedError)
+
+
+def test_abandoning_ends_every_wait_to_come_even_one_for_nothing() -> None:
+    with connected(2) as (one, other):
+        send(other, 0, b"xx")
+        one.abandon()
+        one.abandon()
+        for _ in range(2):
+            with pytest.raises(AbandonedError):
+                one.exchange({}, {})
+            with pytest.raises(AbandonedError):
+                wait_for(one, 1)
+
+
+def test_a_closed_mesh_can_be_abandoned_and_closed_again() -> None:
+    with connected(2) as (one, _):
+        one.close()
+        one.abandon()
+        one.close()
+
+
+def test_a_peer_that_wakes_up_late_writes_nowhere() -> None:
+    begun = threading.Event()
+    buffers = [bytearray(1), bytearray(b"kept")]
+    with connected(2) as (one, other):
+        waiting = start(lambda: one.exchange({}, {1: views(buffers)}, lambda *_: begun.set()))
+        send(other, 0)
+        assert begun.wait(LIMIT_S)
+        one.abandon()
+        assert isinstance(waiting.exception(LIMIT_S), AbandonedError)
+        send(other, 0, b"late")  # before the mesh is closed: it stays in the kernel
+        one.close()
+        with pytest.raises(PeerLostError):
+            send(other, 0, b"late" * 1_000_000)
+    assert buffers == [b"x", b"kept"]
+
+
+# -- forming ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listeners(count: int) -> Iterator[list[Listener]]:
+    made = [Listener("127.0.0.1", SECRET) for _ in range(count)]
+    try:
+        yield made
+    finally:
+        for listener in made:
+            listener.close()
+
+
+def form(generation: int, rank: int, at: list[Listener], timeout_s: float = LIMIT_S) -> Mesh:
+    mesh = Mesh(generation, rank, len(at))
+    try:
+        mesh.form(at[rank], SECRET, [listener.address for listener in at], timeout_s=timeout_s)
+    except BaseException:
+        mesh.close()
+        raise
+    return mesh
+
+
+def knock(listener: Listener, hello: bytes) -> socket.socket:
+    connection = socket.create_connection(listener.address, timeout=LIMIT_S)
+    connection.sendall(hello)
+    return connection
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    with connection:
+        try:
+            return connection.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+
+def test_members_form_a_mesh_whoever_comes_first() -> None:
+    with listeners(3) as at:
+        early = start(lambda: form(7, 2, at))
+        others = [start(lambda rank=rank: form(7, rank, at)) for rank in (1, 0)]  # type: ignore[misc]
+        members = [future.result(LIMIT_S) for future in (*others[::-1], early)]
+        gathered = together([lambda m=m: m.gather(bytes([m.rank])) for m in members])  # type: ignore[misc]
+        for member in members:
+            member.close()
+    assert gathered == [[b"\0", b"\1", b"\2"]] * 3
+
+
+def test_generations_and_channels_do_not_mix() -> None:
+    with listeners(2) as at:
+        addresses = [listener.address for listener in at]
+
+        def member(generation: int, rank: int, channel: int) -> Mesh:
+            mesh = Mesh(generation, rank, 2)
+            mesh.form(at[rank], SECRET, addresses, channel, LIMIT_S)
+            return mesh
+
+        keys = [(1, 0), (1, 1), (2, 0)]
+        high = [member(generation, 1, channel) for generation, channel in keys]  # connections wait to be taken
+        low = [member(generation, 0, channel) for generation, channel in keys]
+        for index, mesh in enumerate(high):
+            send(mesh, 0, bytes([index, index]))
+        for index, mesh in enumerate(low):
+            inbox = bytearray(2)
+            mesh.exchange({}, {1: [memoryview(inbox)]})
+            assert inbox == bytes([index, index])
+        for mesh in (*high, *low):
+            mesh.close()
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        _HELLO.pack(_MAGIC, b"w" * 32, 1, 0, 1),
+        _HELLO.pack(b"another!", SECRET, 1, 0, 1),
+        b"GET / HTTP/1.1\r\nHost: example\r\n\r\n" + b"\0" * 64,
+    ],
+    ids=["wrong_secret", "another_protocol", "http"],
+)
+def test_a_stranger_is_cut_off_and_takes_nobodys_place(hello: bytes) -> None:
+    with listeners(2) as at:
+        assert is_cut_off(knock(at[0], hello))
+        other = start(lambda: form(1, 1, at))
+        member = form(1, 0, at)
+        send(other.result(LIMIT_S), 0)
+        member.close()
+        other.result().close()
+
+
+def test_a_stranger_that_says_little_and_leaves_is_forgotten() -> None:
+    with listeners(2) as at:
+        knock(at[0], b"ray_dnn1").close()
+        other = start(lambda: form(1, 1, at))
+        form(1, 0, at).close()
+        other.result(LIMIT_S).close()
+
+
+def test_generations_gone_by_are_cut_off() -> None:
+    with listeners(1) as (listener,):
+        early = knock(listener, _HELLO.pack(_MAGIC, SECRET, 3, 0, 1))
+        listener.forget_before(5)
+        late = knock(listener, _HELLO.pack(_MAGIC, SECRET, 4, 0, 1))
+        assert is_cut_off(early)
+        assert is_cut_off(late)
+
+
+def test_a_member_that_never_comes_is_named_when_time_is_up() -> None:
+    with listeners(2) as at, pytest.raises(PeerLostError, match="did not connect in time") as caught:
+        form(1, 0, at, timeout_s=0.05)
+    assert caught.value.peer == 1
+
+
+def test_a_member_that_is_gone_is_named() -> None:
+    with listeners(2) as at:
+        addresses = [listener.address for listener in at]
+        at[0].close()
+        mesh = Mesh(1, 1, 2)
+        with pytest.raises(PeerLostError, match="connecting failed") as caught:
+            mesh.form(at[1], SECRET, addresses)
+        mesh.close()
+    assert caught.value.peer == 0
+
+
+def test_abandoning_ends_the_wait_for_members() -> None:
+    with listeners(2) as at:
+        mesh = Mesh(1, 0, 2)
+        waiting = start(lambda: mesh.form(at[0], SECRET, [listener.address for listener in at], timeout_s=LIMIT_S))
+        mesh.abandon()
+        assert isinstance(waiting.exception(LIMIT_S), AbandonedError)
+        mesh.close()

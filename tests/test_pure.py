@@ -1,0 +1,470 @@
+"""The decisions that are pure functions, held by their properties."""
+
+import json
+import struct
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ray_dnn.comm.exchange import slice_bounds
+from ray_dnn.engine import codec
+from ray_dnn.engine.records import Place, RecordFormat, Report
+from ray_dnn.errors import ConfigError, ProtocolError
+from ray_dnn.membership import Decision, View, decide
+from ray_dnn.plan import Plan, lay
+from ray_dnn.sampler import RowOrder, Schedule, permute, split_evenly, split_micro
+from ray_dnn.tree import Node, cover, fold
+
+examples = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+# -- tree ------------------------------------------------------------------------------------------------------------
+
+
+def nodes(root: Node) -> list[Node]:
+    """The nodes of a tree, the root first."""
+    return [root] if root.is_leaf else [root, *(n for child in root.children() for n in nodes(child))]
+
+
+@examples
+@given(st.integers(1, 70), st.data())
+def test_a_cover_is_the_range_cut_into_its_largest_subtrees(leaves: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, leaves))
+    stop = data.draw(st.integers(start, leaves))
+    parts = cover(start, stop, leaves)
+    assert [leaf for part in parts for leaf in range(part.start, part.stop)] == list(range(start, stop))
+    inside = {n for n in nodes(Node(0, leaves)) if start <= n.start and n.stop <= stop}
+    below = {child for n in inside if not n.is_leaf for child in n.children()}
+    assert set(parts) == inside - below
+
+
+def grouped(left: str, right: str) -> str:
+    """An addition that shows the order and the grouping of its operands."""
+    return f"({left}{right})"
+
+
+@examples
+@given(st.integers(1, 40), st.data())
+def test_folding_the_covers_of_any_ranges_is_folding_the_leaves(leaves: int, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, leaves - 1)))) if leaves > 1 else []
+    known = {Node(leaf, leaf + 1): f"<{leaf}>" for leaf in range(leaves)}
+    covers = [part for a, b in zip([0, *cuts], [*cuts, leaves], strict=True) for part in cover(a, b, leaves)]
+    folded = {part: fold(part, known.get, grouped) for part in covers}
+    root = Node(0, leaves)
+    assert fold(root, folded.get, grouped) == fold(root, known.get, grouped)
+
+
+def test_the_tree_splits_at_the_largest_power_of_two() -> None:
+    known = {Node(leaf, leaf + 1): name for leaf, name in enumerate("abcdef")}
+    assert fold(Node(0, 6), known.get, grouped) == "(((ab)(cd))(ef))"
+
+
+def test_a_range_outside_of_the_tree_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2\.\.5"):
+        cover(2, 5, 4)
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.integers(1, 200), st.lists(st.floats(0.01, 100), min_size=1, max_size=12))
+def test_a_plan_gives_every_worker_to_one_replica_in_proportion_to_speed(workers: int, speeds: list[float]) -> None:
+    assume(len(speeds) <= workers)
+    plan = lay(3, workers, speeds)
+    assert [w for r in range(plan.replicas) for w in plan.hosted(r)] == list(range(workers))
+    assert plan.replicas == len(speeds)
+    assert all(len(plan.hosted(r)) >= 1 for r in range(plan.replicas))
+    assert all(w in plan.hosted(plan.host(w)) for w in range(workers))
+    exact = [workers * speed / sum(speeds) for speed in speeds]
+    if min(exact) >= 1:
+        assert all(abs(len(plan.hosted(r)) - share) < 1 + 1e-9 for r, share in enumerate(exact))
+
+
+@examples
+@given(st.integers(0, 6), st.data())
+def test_equal_replicas_align_with_the_tree(exponent: int, data: st.DataObject) -> None:
+    workers = 2**exponent
+    replicas = 2 ** data.draw(st.integers(0, exponent))
+    plan = lay(0, workers, [1.7] * replicas)
+    assert all(len(plan.cover(r)) == 1 for r in range(replicas))
+
+
+@pytest.mark.parametrize("speeds", [[], [1.0] * 5, [1.0, 0.0], [1.0, float("nan")]])
+def test_a_plan_that_cannot_be_is_refused(speeds: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"virtual workers|speeds must be"):
+        lay(0, 4, speeds)
+
+
+@pytest.mark.parametrize("bounds", [(1, 2), (0, 2, 2), (0, 3, 2)])
+def test_bounds_that_do_not_rise_are_refused(bounds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="rise strictly"):
+        Plan(0, bounds)
+
+
+# -- sampler ---------------------------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_a_permutation_sends_every_index_somewhere_else(size: int, key: int) -> None:
+    image = permute(np.arange(size), size, key)
+    assert sorted(image.tolist()) == list(range(size))
+    backwards = permute(np.arange(size)[::-1], size, key)
+    assert np.array_equal(backwards[::-1], image)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> RowOrder:
+    rows = draw(st.integers(1, 120))
+    return RowOrder(rows, draw(st.integers(0, 99)), draw(st.integers(0, rows + 2)))
+
+
+@examples
+@given(orders(), st.integers(0, 3), st.data())
+def test_an_epoch_uses_every_row_once_and_any_part_of_it_is_known(
+    order: RowOrder, epoch: int, data: st.DataObject
+) -> None:
+    whole = order.at(epoch, 0, order.rows)
+    assert sorted(whole.tolist()) == list(range(order.rows))
+    start = data.draw(st.integers(0, order.rows))
+    stop = data.draw(st.integers(start, order.rows))
+    assert np.array_equal(order.at(epoch, start, stop), whole[start:stop])
+
+
+@examples
+@given(orders(), st.integers(0, 3))
+def test_rows_stay_in_their_window(order: RowOrder, epoch: int) -> None:
+    assume(0 < order.window < order.rows)
+    windows = order.at(epoch, 0, order.rows) // order.window
+    changes = int((windows[1:] != windows[:-1]).sum())
+    assert changes == -(-order.rows // order.window) - 1
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    found = {tuple(RowOrder(50, seed, 50).at(epoch, 0, 50)) for seed in range(3) for epoch in range(3)}
+    assert len(found) == 9
+
+
+@examples
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 9))
+def test_rows_are_split_evenly_and_never_below_the_least(rows: int, parts: int, least: int) -> None:
+    counts = split_evenly(rows, parts, least)
+    used = [count for count in counts if count]
+    assert (len(counts), sum(counts)) == (parts, rows)
+    assert not used or max(used) - min(used) <= 1
+    assert counts == tuple(sorted(counts, reverse=True))
+    assert rows < least or min(used) >= least
+
+
+@examples
+@given(st.integers(0, 200), st.integers(1, 30), st.data())
+def test_microbatches_have_their_size_and_never_fewer_than_the_least(rows: int, size: int, data: st.DataObject) -> None:
+    least = data.draw(st.integers(1, size))
+    pieces = split_micro(rows, size, least)
+    assert sum(pieces) == rows
+    assert all(piece == size for piece in pieces[:-1])
+    assert rows < least or min(pieces) >= least
+    assert not pieces or pieces[-1] < size + least
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[Schedule, int | None]:
+    """A schedule and a microbatch size."""
+    batch = draw(st.integers(1, 40))
+    least = draw(st.integers(1, min(batch, 5)))
+    schedule = Schedule(
+        rows=draw(st.integers(1, 150)),
+        batch_size=batch,
+        virtual_workers=draw(st.integers(1, 9)),
+        min_rows=least,
+        local_batches=draw(st.integers(1, 4)),
+        epochs=2,
+    )
+    return schedule, draw(st.none() | st.integers(least, 12))
+
+
+@examples
+@given(schedules())
+def test_every_row_is_used_once_an_epoch(drawn: tuple[Schedule, int | None]) -> None:
+    schedule, _ = drawn
+    used: dict[int, list[int]] = {0: [], 1: []}
+    for step in range(schedule.total_steps):
+        for batch in range(len(schedule.batches(step))):
+            for worker in range(schedule.virtual_workers):
+                piece = schedule.pieces(step, worker)[batch]
+                used[piece.epoch] += range(piece.start, piece.stop)
+    assert used == {0: list(range(schedule.rows)), 1: list(range(schedule.rows))}
+
+
+@examples
+@given(schedules())
+def test_no_computation_sees_fewer_rows_than_said(drawn: tuple[Schedule, int | None]) -> None:
+    schedule, micro = drawn
+    sizes = [
+        size
+        for step in range(schedule.steps_per_epoch)
+        for worker in range(schedule.virtual_workers)
+        for piece in schedule.pieces(step, worker)
+        for size in split_micro(piece.rows, micro, schedule.min_rows)
+    ]
+    assert min(sizes) == schedule.smallest_computation(micro)
+    assert min(sizes) >= min(schedule.min_rows, schedule.rows)
+
+
+# -- membership ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    minimum = draw(st.integers(1, 5))
+    maximum = draw(st.integers(minimum, 9))
+    names = [f"r{i}" for i in range(draw(st.integers(0, 12)))]
+    there = draw(st.integers(0, len(names)))
+    members = tuple(names[:there])
+    return View(
+        minimum=minimum,
+        maximum=maximum,
+        workers=draw(st.integers(minimum, 12)),
+        target=draw(st.integers(1, 10)),
+        members=members,
+        ready=tuple(names[there:]),
+        starting=draw(st.integers(0, 6)),
+        leaving=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
+        exactly=draw(st.none() | st.integers(minimum, maximum)),
+    )
+
+
+@examples
+@given(views())
+def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> None:
+    decision = decide(view)
+    if decision.members is not None:
+        assert len(decision.members) >= (view.exactly or view.minimum)
+        assert len(decision.members) <= view.wanted
+    assert decision == decide(replace(view))
+
+
+@examples
+@given(views())
+def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
+    decision = decide(view)
+    if decision.members is None:
+        return
+    may_stay = [m for m in view.members if m not in view.leaving]
+    stayed = [m for m in decision.members if m in view.members]
+    assert stayed == may_stay[: view.wanted]
+    assert decision.members == (*stayed, *decision.joining)
+    assert decision.joining == view.ready[: len(decision.joining)]
+    assert set(decision.leaving) == set(view.members) - set(stayed)
+    assert decision.changed == (decision.members != view.members)
+    assert not (decision.joining and decision.dismiss) or len(decision.members) == view.wanted
+
+
+def after(view: View, decision: Decision) -> View:
+    """The view when a decision has been carried out and everything that was starting is ready."""
+    started = view.starting + decision.ask - decision.withdraw
+    ready = [r for r in view.ready if r not in (*decision.joining, *decision.dismiss)]
+    ready += [f"new{len(view.members)}-{len(ready)}-{i}" for i in range(started)]
+    members = view.members if decision.members is None else decision.members
+    leaving = view.leaving if decision.members is None else frozenset()
+    return replace(view, members=members, leaving=leaving, ready=tuple(ready), starting=0)
+
+
+@examples
+@given(views())
+def test_carrying_decisions_out_leads_to_the_wanted_number_and_rest(view: View) -> None:
+    for _ in range(3):
+        view = after(view, decide(view))
+    decision = decide(view)
+    assert decision.members == view.members
+    assert len(view.members) == view.wanted
+    assert (decision.changed, decision.ask, decision.withdraw) == (False, 0, 0)
+
+
+# -- state as bytes --------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Any bits in any shape: NaNs of every kind, no dimension, no element, and elements in another order in memory."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=4))
+    size = int(np.prod(shape, dtype=int)) * dtype.itemsize
+    raw = bytearray(draw(st.binary(min_size=size, max_size=size)))
+    if dtype == torch.bool:
+        raw = bytearray(byte % 2 for byte in raw)
+    flat = torch.frombuffer(raw, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    tensor = flat.reshape(shape)
+    return tensor.transpose(0, -1) if shape and draw(st.booleans()) else tensor
+
+
+numbers = st.integers(-(2**70), 2**70) | st.floats() | st.booleans()
+numpy_numbers = st.floats(width=32).map(np.float32) | st.integers(-9, 9).map(np.int16) | st.booleans().map(np.bool_)
+leaves = st.none() | st.text(max_size=4) | numbers | numpy_numbers | tensors()
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers(-3, 3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in every value, bit, type and order."""
+    if isinstance(one, torch.Tensor):
+        same_place = (one.dtype, one.shape, one.is_contiguous()) == (other.dtype, other.shape, other.is_contiguous())
+        return same_place and codec.tensor_bytes(one) == codec.tensor_bytes(other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return [*map(repr, one)] == [*map(repr, other)] and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return repr(one) == repr(other)
+
+
+@examples
+@given(trees)
+def test_a_tree_survives_being_bytes(tree: Any) -> None:
+    data = codec.encode(tree)
+    back = codec.decode(data)
+    assert same(tree, back)
+    assert codec.encode(back) == data
+    assert codec.digest(back) == codec.digest(tree)
+    assert codec.first_difference(tree, back) is None
+
+
+def test_decoded_tensors_are_aligned_memory_of_their_own() -> None:
+    data = codec.encode([torch.arange(3.0), torch.ones(5, dtype=torch.int8), torch.ones(2)])
+    one, two = codec.decode(data), codec.decode(data)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in one)
+    one[0].zero_()
+    assert two[0].tolist() == [0, 1, 2]
+
+
+@examples
+@given(tensors(), st.data())
+def test_a_digest_changes_with_any_bit(tensor: torch.Tensor, data: st.DataObject) -> None:
+    assume(tensor.numel() > 0 and tensor.dtype != torch.bool)
+    changed = tensor.clone(memory_format=torch.contiguous_format)
+    raw = changed.view(-1).view(torch.uint8)
+    byte = data.draw(st.integers(0, len(raw) - 1))
+    raw[byte] ^= 1 << data.draw(st.integers(0, 7))
+    tensor = tensor.contiguous()
+    assert codec.digest({"a": tensor}) != codec.digest({"a": changed})
+    assert codec.weights_digest({"a": tensor}) != codec.weights_digest({"a": changed})
+    assert codec.first_difference({"a": [1, tensor]}, {"a": [1, changed]}) == "a[1]"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        ([1], (1,)),
+        ({"1": 2}, {1: 2}),
+        (1.0, np.float32(1)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+        (torch.zeros(2), torch.zeros(1, 2)),
+    ],
+)
+def test_a_digest_tells_kinds_apart(one: Any, other: Any) -> None:
+    assert codec.digest(one) != codec.digest(other)
+
+
+def test_a_weights_digest_depends_on_names_dtypes_and_shapes_but_not_on_order() -> None:
+    a, b = torch.zeros(4), torch.ones(2)
+    digest = codec.weights_digest({"a": a, "b": b})
+    assert digest == codec.weights_digest({"b": b, "a": a})
+    others = [{"a": b, "b": a}, {"a": a, "c": b}, {"a": a.view(2, 2), "b": b}, {"a": a.view(torch.int32), "b": b}]
+    assert digest not in map(codec.weights_digest, others)
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        ({"a": [1, {2, 3}]}, r"state\.a\[1\] is a builtins\.set"),
+        ({"a": {"b": lambda: 0}}, r"state\.a\.b is a builtins\.function"),
+        ({(1, 2): 0}, r"state has the key \(1, 2\)"),
+        ({"a": torch.zeros(2).to_sparse()}, r"state\.a is a torch\.sparse_coo tensor"),
+    ],
+)
+def test_what_is_no_tree_is_refused_by_path(tree: Any, path: str) -> None:
+    with pytest.raises(ConfigError, match=path):
+        codec.encode(tree)
+    with pytest.raises(ConfigError, match=path):
+        codec.check(tree)
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+places = st.builds(Place, *[st.integers(0, 2**62)] * 5)
+FORM = RecordFormat(vector=["a", "b", "c"], floats=["m"], others=[], metrics=["loss", "accuracy"])
+
+
+def records_of(raw: bytes) -> np.ndarray:
+    size = FORM.dtype.itemsize
+    return np.frombuffer(raw[: len(raw) // size * size], FORM.dtype)
+
+
+@examples
+@given(places, st.integers(0, 2**40), st.floats(0, 1e6), st.binary(max_size=5 * FORM.dtype.itemsize))
+def test_records_survive_being_bytes(place: Place, held: int, seconds: float, raw: bytes) -> None:
+    records = records_of(raw)
+    data = FORM.pack(place, Report(held, seconds, records))
+    assert len(data) == FORM.size(len(records))
+    back = FORM.unpack(data, place, 1)
+    assert (back.held, back.seconds, back.records.tobytes()) == (held, seconds, records.tobytes())
+
+
+@examples
+@given(places, places)
+def test_records_of_another_place_are_refused(place: Place, other: Place) -> None:
+    assume(place != other)
+    data = FORM.pack(place, Report(0, 0.0, FORM.empty()))
+    with pytest.raises(ProtocolError, match="replica 2 is at"):
+        FORM.unpack(data, other, 2)
+
+
+def test_records_hold_metrics_and_names_by_worker() -> None:
+    records = np.concatenate([FORM.empty() for _ in range(3)])
+    FORM.set_metrics(records[:1], {"accuracy": (1.0, 4.0), "loss": (3.0, 2.0)})
+    FORM.set_metrics(records[2:], {"loss": (1.0, 2.0), "accuracy": (1.0, 0.0)})
+    records["touched"][0] = [1, 0, 0]
+    records["touched"][2] = [0, 0, 1]
+    assert FORM.sum_metrics(records) == {"accuracy": 0.5, "loss": 1.0}
+    assert FORM.names("touched", records) == {"a", "c"}
+    assert FORM.names("floats", records) == set()
+    assert json.dumps(FORM.sum_metrics(FORM.empty())) == '{"accuracy": NaN, "loss": NaN}'
+
+
+# -- slices ----------------------------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.integers(0, 5000), st.integers(1, 20))
+def test_slices_cover_a_lane_evenly_at_aligned_places(length: int, parts: int) -> None:
+    bounds = slice_bounds(length, parts)
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, length, parts + 1)
+    assert bounds == sorted(bounds)
+    assert all(bound % 16 == 0 for bound in bounds[1:-1] if bound < length)
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    assert max(sizes) - min(sizes) <= 32
+
+
+def test_a_place_fits_what_it_holds() -> None:
+    with pytest.raises(struct.error):
+        FORM.pack(Place(2**63, 0, 0, 0, 0), Report(0, 0.0, FORM.empty()))
