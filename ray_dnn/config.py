@@ -40,6 +40,10 @@ class Loss:
     weight: torch.Tensor | float
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if "loss" in self.metrics:
+            raise ConfigError("Loss.metrics has the name 'loss', which is that of the loss itself. Use another one.")
+
 
 @dataclass(frozen=True)
 class TrainSpec:

@@ -149,6 +149,11 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused(value: Any) -> None:
         as_sum(value, 4, "loss")
 
 
+def test_a_metric_cannot_take_the_name_of_the_loss() -> None:
+    with pytest.raises(ConfigError, match="has the name 'loss'"):
+        Loss(torch.ones(()), 1.0, {"loss": 1.0})
+
+
 def test_the_exported_names_are_the_contract() -> None:
     import ray_dnn
 

@@ -60,13 +60,24 @@ class StepReport:
 
 @dataclass
 class _Round:
-    """The result of one phase's exchange."""
+    """The result of one phase's exchange.
+
+    Attributes:
+        records: of all virtual workers.
+        weight: the sum of theirs.
+        held: the newest decision that every replica holds.
+        seconds: computed by each replica.
+        floats: names of the float buffers that changed; their sums are in the engine's ``_buffer_sums``.
+        values: new values of the other buffers that changed.
+    """
 
     records: NDArray[np.void]
+    weight: float
     held: int
     seconds: list[float]
     exchange_s: float
-    changed: set[str] = field(default_factory=set)
+    floats: set[str]
+    values: dict[str, torch.Tensor]
 
 
 class Engine:
@@ -172,16 +183,18 @@ class Engine:
         headers = self._exchange.combine(header, sizes, vectors, out)
         reports = [form.unpack(raw, place, r) for r, raw in enumerate(headers)]
         everyone = np.concatenate([r.records for r in reports])
-        self._combine_buffers(form, everyone, folded, given)
+        floats, values = self._combine_buffers(form, everyone, folded, given)
         self.states.exchange(packed, everyone["state_bytes"])
         for leaf in folded.values():
             self._free[phase].append(leaf)
         return _Round(
             records=everyone,
+            weight=sum(float(w) for w in everyone["weight"]),
             held=min(r.held for r in reports),
             seconds=[r.seconds for r in reports],
             exchange_s=time.perf_counter() - computed,
-            changed=form.names("floats", everyone) | form.names("others", everyone),
+            floats=floats,
+            values=values,
         )
 
     def _fold(self, node: Node, given: dict[int, Given]) -> Leaf:
@@ -207,7 +220,7 @@ class Engine:
     @torch.no_grad()
     def _combine_buffers(
         self, form: RecordFormat, records: NDArray[np.void], folded: dict[Node, Leaf], given: dict[int, Given]
-    ) -> None:
+    ) -> tuple[set[str], dict[str, torch.Tensor]]:
         """Combine what changed: float buffers like the vector, others from the lowest worker that changed them."""
         buffers = self.state.buffers
         floats, others = form.names("floats", records), form.names("others", records)
@@ -218,8 +231,8 @@ class Engine:
             if name in others:
                 worker = int(np.flatnonzero(records["others"][:, index])[0])
                 values[name] = self._broadcast(worker, name, given)
-        self._pending_buffers = (floats, float(records["weight"].sum()), values)
         buffers.restore()
+        return floats, values
 
     def _broadcast(self, worker: int, name: str, given: dict[int, Given]) -> torch.Tensor:
         host = self.plan.host(worker)
@@ -238,9 +251,6 @@ class Engine:
         """Apply the combined result of a phase. Returns why nothing was updated, or None."""
         state, records = self.state, round_.records
         layout, out = self.contributor.layouts[state.phase], self._combined[state.phase][0]
-        weight = 0.0
-        for worker_weight in records["weight"]:
-            weight += float(worker_weight)
         overflow = self._nonfinite(round_, out)
         if state.loss_scale is not None:
             gradient_overflow = overflow is not None and not (records["flags"] & ~NONFINITE_GRADIENT).any()
@@ -251,16 +261,15 @@ class Engine:
             if state.config.nonfinite == "stop":
                 raise NonFiniteError(overflow)
             return overflow
-        if weight > 0:
+        if round_.weight > 0:
             touched = self._formats[state.phase].names("touched", records)
             with torch.no_grad():
-                means = [lane / weight for lane in out]
+                means = [lane / round_.weight for lane in out]
             seed_everything("apply", state.config.seed, state.step, state.phase)
-            combined = Combined({n: layout.view(means, n) for n in layout.slots if n in touched}, weight)
+            combined = Combined({n: layout.view(means, n) for n in layout.slots if n in touched}, round_.weight)
             guarded(f"optimizer, step {state.step}", lambda: self.contributor.strategy.apply(state, combined))
-        floats, buffer_weight, values = self._pending_buffers
         with torch.no_grad():
-            state.buffers.apply(floats, self._buffer_sums, buffer_weight, values)
+            state.buffers.apply(round_.floats, self._buffer_sums, round_.weight, round_.values)
         self.states.commit()
         return None
 
