@@ -19,7 +19,14 @@ SCRIPT = Path(__file__).parent / "endless.py"
 def training(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """The endless script, once it reports progress."""
     arguments = [sys.executable, str(SCRIPT), str(tmp_path), *request.param]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored; a script in a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step "):
