@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dnn.config import TrainConfig
+
 Rows = NDArray[np.int64]
 
 _ROUNDS = 6
@@ -194,3 +196,18 @@ class Schedule:
             for count in set(split_evenly(stop - start, self.virtual_workers, self.min_rows)) - {0}:
                 sizes.update(split_micro(count, microbatch_size, self.min_rows))
         return min(sizes)
+
+
+def rows_of_job(config: TrainConfig, rows: int, local_batches: int) -> tuple[RowOrder, Schedule]:
+    """The order and the schedule that a job's numbers ask for. ``rows``: in the training set."""
+    window = {"none": 0, "windowed": config.shuffle_window, "global": rows}[config.shuffle]
+    schedule = Schedule(
+        rows=rows,
+        batch_size=config.batch_size,
+        virtual_workers=config.virtual_workers,
+        min_rows=config.min_rows,
+        local_batches=local_batches,
+        epochs=config.epochs,
+        steps=config.steps,
+    )
+    return RowOrder(rows, config.seed, window), schedule

@@ -26,7 +26,7 @@ from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import Event, EventLog, RunStarted
 from ray_dnn.feed import BlockIndex, index_dataset
 from ray_dnn.limits import Limits, check_run, check_scaling
-from ray_dnn.sampler import RowOrder, Schedule
+from ray_dnn.sampler import rows_of_job
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
 
@@ -124,21 +124,9 @@ class Trainer:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
     def _job(self, indexes: dict[str, BlockIndex]) -> Job:
-        config = self.config
-        rows = indexes["train"].rows
-        window = {"none": 0, "windowed": config.shuffle_window, "global": rows}[config.shuffle]
-        schedule = Schedule(
-            rows=rows,
-            batch_size=config.batch_size,
-            virtual_workers=config.virtual_workers,
-            min_rows=config.min_rows,
-            local_batches=self.strategy.local_batches,
-            epochs=config.epochs,
-            steps=config.steps,
-        )
-        order = RowOrder(rows, config.seed, window)
+        order, schedule = rows_of_job(self.config, indexes["train"].rows, self.strategy.local_batches)
         secret = secrets.token_bytes(32)
-        return Job(self.spec, config, self.strategy, indexes, order, schedule, secret, self.replica_size)
+        return Job(self.spec, self.config, self.strategy, indexes, order, schedule, secret, self.replica_size)
 
 
 class Handle:

@@ -47,7 +47,7 @@ from ray_dnn.engine.transfer import receive_state, send_state
 from ray_dnn.engine.worker_states import moves
 from ray_dnn.parallel import ReplicaGroup
 from ray_dnn.plan import Plan, lay
-from ray_dnn.sampler import RowOrder, Rows, Schedule
+from ray_dnn.sampler import RowOrder, Rows, Schedule, rows_of_job
 from ray_dnn.strategies import DataParallel, Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -73,22 +73,11 @@ class Job:
 
     @property
     def order(self) -> RowOrder:
-        rows = self.rows.num_rows
-        window = {"none": 0, "windowed": self.config.shuffle_window, "global": rows}[self.config.shuffle]
-        return RowOrder(rows, self.config.seed, window)
+        return rows_of_job(self.config, self.rows.num_rows, self.strategy.local_batches)[0]
 
     @property
     def schedule(self) -> Schedule:
-        config = self.config
-        return Schedule(
-            rows=self.rows.num_rows,
-            batch_size=config.batch_size,
-            virtual_workers=config.virtual_workers,
-            min_rows=config.min_rows,
-            local_batches=self.strategy.local_batches,
-            epochs=config.epochs,
-            steps=config.steps,
-        )
+        return rows_of_job(self.config, self.rows.num_rows, self.strategy.local_batches)[1]
 
 
 Make = Callable[[], Job]  # can be pickled
