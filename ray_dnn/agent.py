@@ -13,34 +13,48 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import ray.cloudpickle
 import ray.util
 
 from ray_dnn.checkpoint import weights_to_bytes
-from ray_dnn.comm.mesh import AbandonedError, Address, Listener, Mesh, PeerLostError
-from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.comm.mesh import AbandonedError, Address, GarbledError, Listener, Mesh, PeerLostError
+from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
+from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor, guarded
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.probe import FirstContribution, first_contribution
+from ray_dnn.engine.reports import Joined, Report
 from ray_dnn.engine.state import TrainingState
-from ray_dnn.engine.step import Engine, StepReport
-from ray_dnn.engine.transfer import receive_state, send_state
-from ray_dnn.errors import RayDnnError
+from ray_dnn.engine.step import Engine
+from ray_dnn.engine.train import train
+from ray_dnn.engine.transfer import agree
 from ray_dnn.feed import BlockIndex, BlockReader, default_collate
+from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup, set_current_group
+from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
 from ray_dnn.sampler import RowOrder, Schedule
 from ray_dnn.strategies.base import Strategy
+from ray_dnn.watcher import StatusMemory, own_start
 
 T = TypeVar("T")
 
 _GROUP_CHANNEL = 1
+_LEASE_S = 60.0  # without a word from the driver for so long, an agent ends itself
+_LEASE_TICK_S = 1.0
+
+
+class Striker(Protocol):
+    """A fault plan, as an agent sees it (see `ray_dnn.testing`)."""
+
+    def arm(self, agent: Agent) -> None:
+        """Have faults strike at this agent's marks."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Job:
         indexes: the datasets.
         secret: known to this job's agents alone; connections introduce themselves with it.
         replica_size: agents that together hold one replica.
+        audit: what is compared to find agents that compute wrongly.
     """
 
     spec: TrainSpec
@@ -61,6 +76,7 @@ class Job:
     schedule: Schedule
     secret: bytes
     replica_size: int = 1
+    audit: Audit | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +95,9 @@ class Generation:
         number: of the generation.
         replica: of this agent; its rank in the exchange.
         names, addresses: of the agents that it exchanges with, by replica.
-        source: the replica whose state newcomers copy.
-        newcomers: replicas that copy it.
+        founding: whether the state as built is the state of the run: the first generation.
         settled: decisions up to this number are carried out, but for those in ``commands``.
         commands: decisions that are not carried out yet.
-        worker_states: of virtual workers that this agent becomes a holder of, encoded.
         finish: take no further step; evaluate and end the job.
     """
 
@@ -92,22 +106,22 @@ class Generation:
     replica: int
     names: tuple[str, ...]
     addresses: tuple[Address, ...]
-    source: int
-    newcomers: tuple[int, ...]
+    founding: bool
     settled: int = 0
     commands: tuple[Command, ...] = ()
-    worker_states: dict[int, bytes] = field(default_factory=dict)
     finish: bool = False
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Where an agent is."""
+    """Where an agent is, and how a watcher on its node finds it."""
 
     address: Address
     host: str
     pid: int
     node_id: str
+    started: int
+    status_fd: int
 
 
 @dataclass(frozen=True)
@@ -127,14 +141,44 @@ class Stopped:
     Attributes:
         step: committed steps.
         command: the decision that it stopped for, or None where the job is finished.
-        evaluation, weights_digest, state_digest: when the job is finished.
+        weights_digest, state_digest: when the job is finished.
     """
 
     step: int
     command: int | None
-    evaluation: dict[str, float] | None = None
     weights_digest: str = ""
     state_digest: str = ""
+
+
+@dataclass(frozen=True)
+class Left:
+    """An agent whose generation ended where it was. It holds committed state and can take part in the next one.
+
+    Attributes:
+        peer: the name of the agent whose connection closed or gave other bytes than were sent; None where this agent
+            was told to leave.
+        garbled: which of the two.
+        group: whether the connection was one inside of its own replica.
+    """
+
+    peer: str | None = None
+    garbled: bool = False
+    group: bool = False
+
+
+@dataclass(frozen=True)
+class Convicted:
+    """Agents that compute wrongly, found by all agents alike. Otherwise as `Left`.
+
+    Attributes:
+        names: of theirs.
+        reason: what they did.
+        late: whether earlier contributions of theirs may have been wrong without being compared.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+    late: bool
 
 
 @dataclass(frozen=True)
@@ -147,113 +191,157 @@ class Exported:
 
 @dataclass(frozen=True)
 class Failed:
-    """What went wrong on an agent.
+    """What went wrong on an agent, for good.
 
     Attributes:
         error: the exception; its cause separately, for pickling an exception loses it.
-        lost_peer: the name of the agent whose connection closed, where that is all this agent knows.
     """
 
     error: Exception
     cause: Exception | None = None
-    lost_peer: str | None = None
+
+
+Ended = Stopped | Left | Convicted | Failed
 
 
 class Agent:
     """One agent. Made an actor by `ray_dnn.cluster`."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, faults: Striker | None = None):
+        self.name = name
+        self.engine: Engine | None = None  # once the job is built
+        self.mesh: Mesh | None = None  # of the present generation
         self._thread = ThreadPoolExecutor(1, "ray_dnn-compute")
+        self._memory = StatusMemory()
+        self.marks = Marks(self._memory.write)
+        if faults:
+            faults.arm(self)
+        self._holds = False  # whether it has committed state: founders, and newcomers once they have copied it
         self._settled = 0  # decisions up to this number are carried out, but for those that the generation named
         self._commands: dict[int, Command] = {}  # by number: decisions that are not carried out
-        self._reports: deque[StepReport] = deque()  # committed steps that the driver has not acknowledged
-        self._changed = threading.Condition()  # guards the three above
-        self._mesh: Mesh | None = None  # of the present generation
-        self._running = False  # whether steps may still be reported
+        self._reports: deque[Report] = deque()  # what was committed and the driver has not acknowledged
+        self._running = False  # whether reports may still come
+        self._newest = 0  # the newest generation heard of; older ones are over
+        self._queued: Future[Ended] | None = None  # the newest generation, until its turn comes
+        self._changed = threading.Condition()  # guards the six above
+        self._heard = True  # whether the driver has said something since the last look
+        threading.Thread(target=self._end_when_forgotten, name="ray_dnn-lease", daemon=True).start()
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def open(self, secret: bytes) -> Hello:
         """Start listening for other agents."""
+        self.marks.enter(Phase.STARTING)
         host = ray.util.get_node_ip_address()
         self._secret = secret
         self._listener = Listener(host, secret)
         node_id = ray.get_runtime_context().get_node_id()
-        return Hello(self._listener.address, socket.gethostname(), os.getpid(), node_id)
+        return Hello(self._listener.address, socket.gethostname(), os.getpid(), node_id, own_start(), self._memory.fd)
+
+    def live(self) -> None:
+        """Never returns: whoever waits for it learns of this agent's death at once."""
+        threading.Event().wait()
 
     def build(self, job: Job, rank: int, group: tuple[Address, ...], twice: bool) -> Built | Failed:
         """Build the job and compute its first contribution; with ``twice``, two times."""
         return self._compute(lambda: self._build(job, rank, group, twice))
 
-    def run(self, generation: Generation) -> Stopped | Failed:
-        """Take part in a generation until it ends."""
-        self._running = True
+    def run(self, generation: Generation) -> Ended:
+        """Leave the generation before and take part in this one until it ends."""
+        called = time.time()
+        with self._changed:
+            if generation.number <= self._newest:
+                return Left()
+            self._leave(generation.number - 1)
+            self._newest = generation.number
+            self._running = True
+            task = self._queued = self._thread.submit(lambda: _guard(lambda: self._run(generation, called)))
         try:
-            return self._compute(lambda: self._run(generation))
+            return task.result()
+        except CancelledError:
+            return Left()
         finally:
             with self._changed:
-                self._running = False
+                self._running = self._running and generation.number != self._newest
                 self._changed.notify_all()
+
+    def leave(self, generation: int) -> None:
+        """Leave this generation and those before."""
+        with self._changed:
+            self._newest = max(self._newest, generation)
+            self._leave(generation)
+
+    def _leave(self, generation: int) -> None:
+        if self._queued is not None:
+            self._queued.cancel()  # does nothing to one that has begun
+        if self.mesh is not None and self.mesh.generation <= generation:
+            self.mesh.abandon()
 
     def command(self, command: Command) -> None:
         """Take a decision of the driver."""
         with self._changed:
             self._commands[command.number] = command
 
-    def reports(self, after: int, wait_s: float) -> list[StepReport]:
-        """Committed steps behind ``after``, as soon as there are some; [] after ``wait_s`` or when none will come."""
+    def reports(self, after: int, wait_s: float) -> list[Report]:
+        """What was committed after the report number ``after``, as soon as there is something; [] after ``wait_s``."""
         with self._changed:
             self._trim(after)
             if not self._reports and self._running:
                 self._changed.wait(wait_s)
             return list(self._reports)
 
-    def acknowledge(self, step: int) -> None:
-        """The driver has the reports up to ``step``."""
+    def acknowledge(self, serial: int) -> None:
+        """The driver is there, and has the reports up to ``serial``."""
         with self._changed:
-            self._trim(step)
-
-    def export_states(self, workers: tuple[int, ...]) -> dict[int, bytes]:
-        """The encoded states of virtual workers."""
-        held = self._engine.states.export()
-        return {w: held[w] for w in workers}
+            self._trim(serial)
 
     def export_weights(self) -> Exported | Failed:
         """The full weights. Called on all agents of a replica together."""
 
         def export() -> Exported:
+            self.marks.enter(Phase.FINISHING)
             weights = self._state.weights(self._group)
-            return Exported(weights_to_bytes(weights), codec.weights_digest(weights))
+            exported = Exported(weights_to_bytes(weights), codec.weights_digest(weights))
+            self.marks.enter(Phase.READY)
+            return exported
 
         return self._compute(export)
 
-    def leave(self) -> None:
-        """Abandon the present generation."""
-        if self._mesh is not None:
-            self._mesh.abandon()
-
-    def _trim(self, step: int) -> None:
-        while self._reports and self._reports[0].step <= step:
+    def _trim(self, serial: int) -> None:
+        self._heard = True
+        while self._reports and self._reports[0].serial <= serial:
             self._reports.popleft()
 
     def _compute(self, call: Callable[[], T]) -> T | Failed:
         """Run on the compute thread; exceptions become `Failed`."""
         return self._thread.submit(lambda: _guard(call)).result()
 
+    def _end_when_forgotten(self) -> None:
+        """End this process when the driver has gone or does not want it any more.
+
+        Counted in ticks: a process that was frozen hears from the driver before it has counted far.
+        """
+        silent_s = 0.0
+        while silent_s < _LEASE_S:
+            time.sleep(_LEASE_TICK_S)
+            silent_s = 0.0 if self._heard else silent_s + _LEASE_TICK_S
+            self._heard = False
+        os._exit(1)
+
     # -- on the compute thread ---------------------------------------------------------------------------------------
 
     def _build(self, job: Job, rank: int, group: tuple[Address, ...], twice: bool) -> Built:
+        self.marks.enter(Phase.BUILDING)
         started = time.perf_counter()
         profile = numerics.enforce(job.config)
         mesh = None
         if len(group) > 1:
-            mesh = Mesh(0, rank, len(group))
-            mesh.form(self._listener, job.secret, group, _GROUP_CHANNEL)
-        self._group = ReplicaGroup(mesh)
+            mesh = Mesh(0, rank, len(group), _GROUP_CHANNEL, moved=self.marks.moved)
+            mesh.form(self._listener, job.secret, group)
+        self._group = ReplicaGroup(mesh, self.marks)
         set_current_group(self._group)
         self._state = state = guarded(
-            f"build_model or build_optimizer, agent {self._name}", lambda: TrainingState(job.spec, job.config)
+            f"build_model or build_optimizer, agent {self.name}", lambda: TrainingState(job.spec, job.config)
         )
         collate = job.spec.collate or default_collate
         readers = {name: BlockReader(index) for name, index in job.indexes.items()}
@@ -261,78 +349,102 @@ class Agent:
             readers["train"], job.order, job.schedule, collate, job.config.seed, job.config.microbatch_size
         )
         contributor = Contributor(state, job.strategy, source)
+        self.marks.enter(Phase.ADMISSION)
         first = first_contribution(contributor, twice)
         others = {n: (r, job.indexes[n].rows) for n, r in readers.items() if n != "train"}
         evaluator = Evaluator(state, others, collate) if others and job.spec.evaluate else None
-        self._engine = Engine(contributor, evaluator, self._group, first.metrics)
-        self._engine.states.start()
+        engine = self.engine = Engine(contributor, evaluator, self._group, first.metrics, self.marks, job.audit)
+        engine.states.start()
         digest = codec.digest(state.export())
+        self._checked = job.audit is not None
+        self.marks.enter(Phase.READY)
         return Built(profile.as_dict(), first, digest, time.perf_counter() - started)
 
-    def _run(self, generation: Generation) -> Stopped:
-        engine, plan = self._engine, generation.plan
+    def _run(self, generation: Generation, called: float) -> Stopped:
+        engine, plan = self.engine, generation.plan
+        assert engine is not None
+        left = time.time()
         with self._changed:
+            if generation.number != self._newest:
+                raise AbandonedError(f"generation {generation.number} is over before it began")
             self._settled = generation.settled
             later = {n: c for n, c in self._commands.items() if n > generation.settled}
             self._commands = {c.number: c for c in generation.commands} | later
-        mesh = self._mesh = Mesh(generation.number, generation.replica, plan.replicas)
+            mesh = self.mesh = Mesh(
+                generation.number,
+                generation.replica,
+                plan.replicas,
+                checked=self._checked,
+                moved=self.marks.moved,
+            )
+        self.marks.join(generation.number, generation.replica)
+        self.marks.enter(Phase.FORMING, engine.state.step)
         try:
-            mesh.form(self._listener, self._secret, generation.addresses)
-            if generation.replica in generation.newcomers:
-                receive_state(mesh, engine, generation.source)
-            elif generation.replica == generation.source:
-                send_state(mesh, engine, generation.newcomers)
-            engine.states.take(generation.worker_states)
-            engine.enter(generation.number, mesh, plan, generation.names)
-            return self._steps(engine, generation)
-        except PeerLostError as error:
-            raise _LostPeerError(generation.names[error.peer], str(error)) from error
-        finally:
-            mesh.close()
-            self._mesh = None
-
-    def _steps(self, engine: Engine, generation: Generation) -> Stopped:
-        """The training loop."""
-        # Before the first exchange, only what the generation itself says is known to be held by every agent.
-        held = generation.settled
-        while not (generation.finish or engine.finished):
-            if (command := self._due(engine.state.step, held)) is not None:
+            formed = engine.together(lambda: self._form(engine, mesh, generation))
+            engine.joined = Joined(called, left, formed, time.time())
+            command = train(engine, self, generation.settled, generation.finish, self._report)
+            if command is not None:
                 return Stopped(engine.state.step, command)
-            report = engine.step(self._held())
-            held = report.held
+            self.marks.enter(Phase.FINISHING, engine.state.step)
+            weights = codec.weights_digest(self._state.weights(self._group))
+            return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()))
+        except PeerLostError as error:
+            inside = error.channel == _GROUP_CHANNEL
+            peer = None if inside else generation.names[error.peer]
+            raise _LeftError(Left(peer, isinstance(error, GarbledError), inside)) from error
+        except ConvictedError as error:
+            names = tuple(generation.names[rank] for rank in error.ranks)
+            raise _LeftError(Convicted(names, error.reason, error.late)) from error
+        except AbandonedError as error:
+            raise _LeftError(Left()) from error
+        finally:
             with self._changed:
-                self._reports.append(report)
-                self._changed.notify_all()
-        evaluation = engine.finish()
-        weights = codec.weights_digest(self._state.weights(self._group))
-        return Stopped(engine.state.step, None, evaluation, weights, codec.digest(self._state.export()))
+                self.mesh = None
+            mesh.close()
+            self.marks.enter(Phase.READY)
 
-    def _held(self) -> int:
-        """The newest decision such that this agent has all decisions up to it."""
+    def _form(self, engine: Engine, mesh: Mesh, generation: Generation) -> float:
+        """Connect to the others and come to the same state. Returns when it was connected."""
+        mesh.form(self._listener, self._secret, generation.addresses)
+        formed = time.time()
+        self._holds = self._holds or generation.founding
+        agree(mesh, engine, self._holds, lambda: list(self._reports), self._report)
+        self._holds = True
+        engine.states.settle(mesh, generation.plan)
+        engine.enter(generation.number, mesh, generation.plan, generation.names)
+        return formed
+
+    def _report(self, report: Report) -> None:
+        with self._changed:
+            self._reports.append(report)
+            self._changed.notify_all()
+
+    def held(self) -> int:
+        """See `ray_dnn.engine.train.Decisions`."""
         with self._changed:
             held = self._settled
             while held + 1 in self._commands:
                 held += 1
             return held
 
-    def _due(self, step: int, held: int) -> int | None:
-        """The newest decision that every agent holds and whose step has come: the same answer on every agent."""
+    def due(self, step: int, agreed: int) -> int | None:
+        """See `ray_dnn.engine.train.Decisions`. The same answer on every agent."""
         with self._changed:
-            due = (c.number for c in self._commands.values() if c.number <= held and step >= c.at_step)
+            due = (c.number for c in self._commands.values() if c.number <= agreed and step >= c.at_step)
             return max(due, default=None)
 
 
-class _LostPeerError(RayDnnError):
-    def __init__(self, peer: str, detail: str):
-        super().__init__(detail)
-        self.peer = peer
+class _LeftError(Exception):
+    def __init__(self, left: Left | Convicted):
+        super().__init__(str(left))
+        self.left = left
 
 
-def _guard(call: Callable[[], T]) -> T | Failed:
+def _guard(call: Callable[[], T]) -> T | Any:
     try:
         return call()
-    except _LostPeerError as error:
-        return Failed(AbandonedError(str(error)), lost_peer=error.peer)
+    except _LeftError as error:
+        return error.left
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
         return Failed(_portable(error), _portable(cause) if cause else None)

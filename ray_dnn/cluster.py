@@ -9,9 +9,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_dnn.agent import Agent
+from ray_dnn.agent import Agent, Striker
 
-_THREADS = 8  # of an actor: one waits in run(), the others pass messages
+_THREADS = 12  # of an actor: some wait in live() and run(), the others pass messages
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Places:
         strategy: how a gang's places lie to each other.
         labels: one selector for every agent, or None.
         runtime_env: of the agents' processes.
+        faults: that are to strike them (see `ray_dnn.testing`).
     """
 
     resources: dict[str, float]
     strategy: str
     labels: dict[str, str] | None
     runtime_env: dict[str, Any]
+    faults: Striker | None = None
 
 
 class Gang:
@@ -43,8 +45,8 @@ class Gang:
         )
         self.ready = self._group.ready()  # a reference that resolves when the places are there
 
-    def start(self, names: list[str]) -> list[Any]:
-        """Start one agent in each place. Returns actor handles; the actors may still be starting."""
+    def start(self, names: dict[int, str]) -> list[Any]:
+        """Start agents in places, by index. Returns actor handles; the actors may still be starting."""
         resources = dict(self._places.resources)
         options: dict[str, Any] = {
             "num_cpus": resources.pop("CPU", 0),
@@ -60,8 +62,8 @@ class Gang:
             actor.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
                 **options,
-            ).remote(name)
-            for index, name in enumerate(names)
+            ).remote(name, self._places.faults)
+            for index, name in names.items()
         ]
 
     def give_back(self) -> None:

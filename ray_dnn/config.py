@@ -177,3 +177,26 @@ class TrainConfig:
     def as_dict(self) -> dict[str, object]:
         """All fields by name, for the fingerprint and the event log."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is compared to find agents that compute wrongly. Needs at least two replicas, three to say who is wrong.
+
+    Attributes:
+        workers: virtual workers of each step that a second agent computes too, each worker in its turn. An agent that
+            always computes wrongly is found within ``virtual_workers / workers`` steps; as many as the job has: at
+            once, at twice the computing.
+        states: steps from one comparison of all replicas' states to the next; 0: never.
+
+    Checksums travel with all bytes that agents exchange.
+    """
+
+    workers: int = 1
+    states: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("states", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"Audit({name}={value!r}): must be a whole number of at least {least}.")

@@ -1,25 +1,35 @@
 """The driver: watches the agents and decides membership, plan, pause, stop and checkpoint. One thread, one loop.
 
+Theory of operation
+-------------------
 A run is a sequence of generations. Inside a generation the agents go from step to step on their own; the driver only
-collects their reports. To change anything, it sends a numbered decision; agents say in every exchange which decisions
-they hold, and stop before the first step at which all hold it, so they all stop at the same step boundary. The driver
-then forms the next generation: the present members without those that leave, and with the newcomers that are ready.
+collects their reports. A generation ends in one of two ways:
+
+* **At a boundary.** To change anything, the driver sends a numbered decision; agents say in every exchange which
+  decisions they hold, and stop before the first step at which all hold it, so they all stop at the same step. The
+  driver does what it wanted and forms the next generation, without those that leave and with the newcomers.
+* **By a loss.** An agent died, hangs or computes wrongly, or a connection broke. The driver forms the next generation
+  of those who are left, wherever they are: being told of it, they leave the old one in the middle of what they do,
+  agree on the newest step that any of them has committed, and go on from there.
+
+Whatever is under way when a generation ends that way (a pause, a checkpoint) is dropped and begun again. `_turn` counts
+such moments: an answer that belongs to an earlier turn is not looked at.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from ray_dnn import checkpoint
 from ray_dnn.admission import Admission
-from ray_dnn.agent import Command, Failed, Generation, Job, Stopped
+from ray_dnn.agent import Command, Convicted, Ended, Exported, Failed, Generation, Job, Left, Stopped
 from ray_dnn.cluster import Places
-from ray_dnn.engine.step import StepReport
-from ray_dnn.engine.worker_states import moves
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
     CheckpointWritten,
@@ -30,27 +40,41 @@ from ray_dnn.events import (
     RunFailed,
     RunFinished,
     RunInterrupted,
+    Waiting,
 )
-from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage, call_all
+from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
+from ray_dnn.guard import Guard
+from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
-from ray_dnn.membership import Decision, View, decide
+from ray_dnn.membership import Decision, View, backoff, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
+from ray_dnn.requests import Request, Requests
 from ray_dnn.storage import RunFolder
 
 _POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
 _POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches
-_CALL_TIMEOUT_S = 60.0
-_ROOT_CAUSE_S = 5.0  # how long to wait for the reason why a connection closed
-_MOST_FALSE_STARTS = 3  # newcomers in a row that died before they were ready
+_HEARTBEAT_S = 5.0  # an agent that hears nothing for a minute ends itself
+_ROOT_CAUSE_S = 1.0  # how long to wait for the reason why a connection closed
+_MOST_BREAKS = 3  # broken connections in a row, before somebody is blamed
+_MOST_FALSE_STARTS = 5  # newcomers in a row that were lost before they had committed a step
+_MOST_HANGS = 3  # agents in a row that hang in the same step
+_WAITING_MAX_S = 60.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many replicas: what the user allows, and a script that tests may give (replicas by step)."""
+    """How many replicas, and how often there may be too few.
+
+    Attributes:
+        minimum, maximum: that the user allows.
+        max_failures: falls below the minimum that the run survives; below 0: any number.
+        script: replicas by step, exactly (for tests).
+    """
 
     minimum: int
     maximum: int
+    max_failures: int = 0
     script: dict[int, int] = field(default_factory=dict)
 
 
@@ -70,33 +94,44 @@ class Outcome:
 class Driver:
     """Runs a job to its end."""
 
-    def __init__(self, job: Job, size: Size, places: Places, folder: RunFolder, log: EventLog):
+    def __init__(self, job: Job, size: Size, places: Places, patience: Patience, folder: RunFolder, log: EventLog):
         self._job, self._size, self._folder, self._log = job, size, folder, log
         self._loop = Loop()
-        self._fleet = Fleet(
-            self._loop, log, job, places, self._on_ready, self._on_failed, self._on_lost, placed=self._consider
-        )
+        self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
+        self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
         self._recorder = Recorder(job, folder, log)
+        self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
-        self._members: list[Replica] = []  # of the present generation, or of the last one between two
+        self._script = dict(size.script)  # sizes that are still to come, by step
+        self._exactly: int | None = self._script.pop(0, None)  # the size that the script asks for now
+        self._reached = False  # whether there was a generation of that size
+        self._members: list[Replica] = []  # who holds the state: of the present generation, or of the last one
+        self._lost: list[str] = []  # agents, since the present generation was formed
+        self._founders: set[str] = set()  # of the first generation: the state as built is the state of the run
         self._plan: Plan | None = None
         self._generation = 0
+        self._turn = 0  # what was asked for in an earlier turn is not looked at any more
         self._running = False  # whether a generation is under way
+        self._finishing = False  # whether the user asked to stop, and the next generation is the last
         self._stopped: dict[tuple[str, int], Stopped] = {}  # by (replica, rank): agents whose run() has returned
         self._decided = 0  # the newest decision
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
-        self._commands: list[tuple[str, Future[Any]]] = []  # what the user asked for, to be done at the next boundary
+        self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
+        self._falls = 0  # how often there were fewer than the minimum
+        self._below = False  # whether there are now
         self._false_starts = 0
-        self._asking = threading.Lock()  # guards the two below, which the threads of the user share
-        self._answers: list[Future[Any]] = []  # to all requests so far
-        self._ended = False  # once true, no request is taken
+        self._ask_at = 0.0  # when newcomers may be asked for, after some were lost
+        self._breaks = 0  # broken connections since the last step
+        self._accused: Counter[str] = Counter()  # replicas at the other end of broken connections, since the last step
+        self._hangs: Counter[int] = Counter()  # agents given up because they hung, by step
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
         """Run to the end. Returns how it ended; never raises for a failure of the job."""
         try:
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
+            self._heartbeat()
             self._loop.run()
         except Exception as error:
             self._fail(error)
@@ -105,41 +140,42 @@ class Driver:
         return self.outcome
 
     def _first_size(self) -> int:
-        return self._size.script.get(0, self._size.minimum)
+        return self._exactly or self._size.minimum
 
-    # -- what the user asks for (any thread) ---------------------------------------------------------------------------
+    def _heartbeat(self) -> None:
+        """Tell all agents that they are wanted."""
+        for replica in self._fleet.replicas.values():
+            for agent in replica.agents:
+                agent.acknowledge.remote(self._recorder.serial - 1)
+        self._loop.later(_HEARTBEAT_S, self._heartbeat)
 
-    def request(self, kind: str, value: int = 0) -> Future[Any]:
-        """Ask for "stop", "checkpoint" or "resize" at the next step boundary, or "interrupt" at once."""
-        answer: Future[Any] = Future()
-        with self._asking:
-            if self._ended:
-                answer.set_exception(RayDnnError("The run has ended; handle.result() has its result."))
-                return answer
-            self._answers.append(answer)
-        self._loop.post(lambda: self._on_request(kind, value, answer))
-        return answer
+    # -- what the user asks for ----------------------------------------------------------------------------------------
 
-    def _on_request(self, kind: str, value: int, answer: Future[Any]) -> None:
-        if kind == "interrupt":
+    def _on_request(self, request: Request) -> None:
+        if request.kind == "interrupt":
             self.outcome.error = InterruptedError("the run was interrupted")
             self._log.add(RunInterrupted(self._recorder.steps))
             self._loop.end()
-            answer.set_result(None)
-        elif kind == "resize":
-            self._target = value
-            answer.set_result(None)
+            request.answer.set_result(None)
+        elif request.kind == "resize":
+            self._target = request.value
+            request.answer.set_result(None)
             self._consider()
         else:
-            self._commands.append((kind, answer))
+            self._commands.append(request)
             if self._running:
-                self._decide_pause(kind, "asked for by the user")
+                self._decide_pause(request.kind, "asked for by the user")
 
-    # -- what agents do ------------------------------------------------------------------------------------------------
+    # -- what happens to agents ----------------------------------------------------------------------------------------
 
-    def _on_ready(self, replica: Replica) -> None:
-        self._false_starts = 0
+    def on_placed(self) -> None:
+        """Some agents have their places."""
+        self._consider()
+
+    def on_ready(self, replica: Replica) -> None:
+        """A replica is built."""
         admitted, refused = self._admission.examine(replica)
+        self._fleet.referenced = self._fleet.referenced or not self._admission.waiting(replica)
         for name, error in refused.items():
             self._fleet.release(self._fleet.replicas[name], "refused")
             if not self._members:
@@ -147,57 +183,160 @@ class Driver:
         if admitted:
             self._consider()
 
-    def _on_failed(self, replica: Replica, failed: Failed) -> None:
-        if failed.lost_peer is not None:
-            # The peer's own message, or Ray's, will say why; this is only what follows from it.
-            lost = f"the connection to {failed.lost_peer} closed: {failed.error}"
-            self._loop.later(_ROOT_CAUSE_S, lambda: self._fail(AgentLostError(lost)))
-            return
+    def on_failed(self, replica: Replica, failed: Failed) -> None:
+        """An agent's call raised: the job's fault, not the agent's."""
         self.outcome.cause = failed.cause
         self._fail(failed.error)
 
-    def _on_lost(self, replica: Replica, reason: str) -> None:
-        if replica.stage is Stage.MEMBER:
-            self._fail(AgentLostError(f"{replica.name} died after step {self._recorder.steps}: {reason}"))
+    def on_lost(self, replica: Replica, reason: str) -> None:
+        """A replica's agent died, or did not start in time."""
+        if replica in self._members:
+            self._lose([replica], reason)
             return
-        self._false_starts += 1
-        if self._false_starts >= _MOST_FALSE_STARTS or not self._members:
-            self._fail(AgentLostError(f"{replica.name} died before it was ready: {reason}"))
-            return
+        self._fleet.release(replica, reason, wanted=True)
+        self._on_false_start(f"{replica.name} was lost before it took part: {reason}")
         self._consider()
+
+    def _on_verdict(self, name: str, reason: str) -> None:
+        """The guard has given an agent up."""
+        replica = self._fleet.replica_of(name)
+        if replica is None:
+            return
+        self._guard.kill(name)
+        if replica in self._members and self._running:
+            self._hangs[self._recorder.steps] += 1
+            if self._hangs[self._recorder.steps] >= _MOST_HANGS:
+                self._fail(
+                    AgentLostError(
+                        f"Step {self._recorder.steps} hung on {_MOST_HANGS} agents in a row; the last one, {name}, "
+                        f"{reason}. It is likely the job itself that waits for ever there. If it only takes long, "
+                        "raise Trainer(patience=Patience(idle_s=…, busy_s=…))."
+                    )
+                )
+                return
+        self.on_lost(replica, reason)
+
+    def _on_stalled(self, reason: str) -> None:
+        if self._running:
+            self._recover(reason)
+
+    def _lose(self, replicas: Sequence[Replica], reason: str) -> None:
+        """Go on without these members."""
+        lost = [replica for replica in replicas if replica in self._members]
+        for replica in lost:
+            self._members.remove(replica)
+            self._lost += replica.names
+            self._fleet.release(replica, reason, wanted=True)
+            if not replica.proven:
+                self._on_false_start(f"{replica.name} was lost before it had committed a step: {reason}")
+        if lost:
+            self._recover(f"{', '.join(r.name for r in lost)} lost")
+
+    def _on_false_start(self, what: str) -> None:
+        """A newcomer was of no use: ask for the next one later and later, and in the end not any more."""
+        self._false_starts += 1
+        self._ask_at = time.monotonic() + backoff(self._false_starts)
+        self._loop.later(backoff(self._false_starts), self._consider)
+        if self._false_starts >= _MOST_FALSE_STARTS and len(self._members) < self._size.minimum:
+            self._fail(AgentLostError(f"{self._false_starts} agents in a row did not come to train. The last: {what}"))
+
+    def _recover(self, reason: str) -> None:
+        """The present generation cannot go on. Form the next one of those who are there, or wait for more."""
+        self._turn += 1
+        self._running = False
+        self._stopped = {}
+        if not self._members and self._recorder.steps:
+            self._fail(
+                AgentLostError(
+                    f"All agents were lost after step {self._recorder.steps} ({reason}), and with them the state. No "
+                    "checkpoint that the run could go on from exists. Allow more agents, or keep some of them on "
+                    "machines that stay."
+                )
+            )
+            return
+        if len(self._members) < self._size.minimum and not self._below:
+            self._below = True
+            self._falls += 1
+            if 0 <= self._size.max_failures < self._falls:
+                self._fail(
+                    AgentLostError(
+                        f"After step {self._recorder.steps}: {reason}, and {len(self._members)} of at least "
+                        f"{self._size.minimum} replicas are left, for the {self._falls}. time; "
+                        f"FailureConfig(max_failures={self._size.max_failures}) ends the run there. Raise it (-1: no "
+                        "limit) to have the others wait for replacements, or lower the minimum."
+                    )
+                )
+                return
+        enough = len(self._members) >= self._size.minimum
+        decision = decide(self._view(quickly=enough and bool(self._members)))
+        if decision.members:
+            self._decide_anew(reason)
+            self._form(decision, self._finishing)
+            return
+        for replica in self._members:
+            for agent in replica.agents:
+                agent.leave.remote(self._generation)
+        self._consider()
+        self._still_below(self._turn, 0.0)
+
+    def _decide_anew(self, reason: str) -> None:
+        self._decided += 1
+        self._log.add(Decided(self._decided, "recover", reason))
+
+    def _still_below(self, turn: int, after: float) -> None:
+        """Say what the run waits for, again and again, while there are too few."""
+        if turn != self._turn or self._running:
+            return
+        least = self._view().minimum
+        self._log.add(
+            Waiting(
+                f"{len(self._members)} of at least {least} replicas are there, holding the state after step "
+                f"{self._recorder.steps} in memory; replacements are being started"
+            )
+        )
+        again = min(max(2.0, after * 2), _WAITING_MAX_S)
+        self._loop.later(again, lambda: self._still_below(turn, again))
 
     # -- membership ----------------------------------------------------------------------------------------------------
 
-    def _view(self) -> View:
-        script = {step: count for step, count in self._size.script.items() if step <= self._recorder.steps}
+    def _view(self, quickly: bool = False) -> View:
+        """What is there. ``quickly``: leave out newcomers, whom the others would have to wait for."""
+        scripted = self._exactly
+        least = self._size.minimum if scripted is None or self._reached else scripted
+        ready = [r.name for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)]
         return View(
-            minimum=self._size.minimum,
-            maximum=self._size.maximum,
+            minimum=least,
+            maximum=self._size.maximum if scripted is None else scripted,
             workers=self._job.config.virtual_workers,
-            target=self._target,
+            target=self._target if scripted is None else scripted,
             members=tuple(r.name for r in self._members),
-            ready=tuple(r.name for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)),
-            starting=len(self._fleet.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)),
-            exactly=script[max(script)] if script else None,
+            ready=() if quickly else tuple(ready),
+            starting=len(self._fleet.starting),
+            one_by_one=self._job.strategy.worker_state == "mirrored",
         )
 
     def _consider(self) -> None:
         """Look at the membership and act on it."""
         decision = decide(self._view())
         if decision.withdraw:
-            for replica in self._fleet.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)[-decision.withdraw :]:
+            for replica in self._fleet.starting[-decision.withdraw :]:
                 self._fleet.release(replica, "not wanted any more")
         for name in decision.dismiss:
             self._fleet.release(self._fleet.replicas[name], "not wanted any more")
-        if decision.ask and not self._fleet.staged(Stage.ASKED):
-            # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
-            self._fleet.ask(1, GROWTH)
+        if decision.ask and time.monotonic() >= self._ask_at:
+            self._fleet.replace(decision.ask, GROWTH)
+        elif not decision.ask:
+            self._fleet.tidy()
         if decision.members is None or not decision.changed:
             return
         if self._running:
             self._decide_pause("regroup", decision.reason)
-        else:
-            self._form(decision)
+        elif not self._members or self._below or self._waiting_for_script:
+            self._form(decision, self._finishing)
+
+    @property
+    def _waiting_for_script(self) -> bool:
+        return self._exactly is not None and not self._reached
 
     def _decide_pause(self, kind: str, reason: str, at_step: int = 0) -> None:
         """Have the agents stop at a step boundary."""
@@ -214,155 +353,224 @@ class Driver:
 
     def _form(self, decision: Decision, finish: bool = False) -> None:
         """Begin the next generation with these members."""
-        assert decision.members is not None
-        before, plan_before = self._members, self._plan
+        assert decision.members
+        before = self._members
         members = [self._fleet.replicas[name] for name in decision.members]
-        staying = [r for r in members if r in before]
-        if before and not staying:
-            raise AgentLostError("All agents left at once; nobody holds the state.")
+        if not before:
+            self._founders = {r.name for r in members}
         self._generation += 1
+        self._turn += 1
         self._plan = plan = lay(self._generation, self._job.config.virtual_workers, self._recorder.speeds(members))
         if self._job.strategy.worker_state == "mirrored" and plan.replicas < 2:
             raise ConfigError(
                 f"{type(self._job.strategy).__name__} keeps mirrored worker states, which need a second agent to hold "
                 "the mirror. Use ScalingConfig(num_workers=(2, …)) or more."
             )
-        for step, count in self._size.script.items():
-            if step > self._recorder.steps and not any(c.at_step == step for c in self._pending.values()):
-                self._decide_pause("regroup", f"{count} replicas from step {step} on", step)
-        states = self._moved_states(before, plan_before, members, plan)
-        newcomers = tuple(i for i, r in enumerate(members) if before and r not in before)
+        # Decisions without a step are carried out by this generation, or made again below.
+        self._pending = {n: c for n, c in self._pending.items() if c.at_step}
+        for step, count in self._script.items():
+            self._decide_pause("regroup", f"{count} replicas from step {step} on", step)
         self._members, self._stopped, self._running = members, {}, True
-        for replica in members:
-            replica.stage = Stage.MEMBER
-        for index, replica in enumerate(members):
-            for rank, agent in enumerate(replica.agents):
-                hellos = [r.hellos[rank] for r in members]
-                generation = Generation(
-                    number=self._generation,
-                    plan=plan,
-                    replica=index,
-                    names=tuple(r.names[rank] for r in members),
-                    addresses=tuple(h.address for h in hellos if h),
-                    source=members.index(staying[0]) if staying else 0,
-                    newcomers=newcomers,
-                    settled=self._decided,
-                    commands=tuple(self._pending.values()),
-                    worker_states=states.get((index, rank), {}),
-                    finish=finish,
-                )
-                self._watch_run(replica, rank, agent.run.remote(generation))
+        self._below = len(members) < self._size.minimum
+        self._reached = self._reached or len(members) == self._exactly
+        names = [name for r in members for name in r.names]
+        self._guard.in_generation(names)
         left = [r for r in before if r not in members]
         self._log.add(
             GenerationFormed(
                 generation=self._generation,
                 step=self._recorder.steps,
-                agents=[name for r in members for name in r.names],
+                agents=names,
                 joined=[name for r in members if r not in before for name in r.names],
                 left=[name for r in left for name in r.names],
+                lost=self._lost,
                 bounds=list(plan.bounds),
             )
         )
+        self._lost = []
+        self._send(members, plan, finish)
         for replica in left:
             self._fleet.release(replica, "left as planned")
-        self._poll(self._generation)
+        self._poll(self._turn)
         if self._commands and not finish:
-            self._decide_pause(self._commands[0][0], "asked for by the user")
+            self._decide_pause(self._commands[0].kind, "asked for by the user")
         self._consider()
 
-    def _moved_states(
-        self, before: list[Replica], plan_before: Plan | None, members: list[Replica], plan: Plan
-    ) -> dict[tuple[int, int], dict[int, bytes]]:
-        """Worker states for those who become holders of them, by (replica, rank)."""
-        kind = self._job.strategy.worker_state
-        if kind == "none" or plan_before is None:
-            return {}
-        names_before, names = [r.name for r in before], [r.name for r in members]
-        result: dict[tuple[int, int], dict[int, bytes]] = {}
-        for (source, to), workers in moves(kind, plan_before, names_before, plan, names).items():
-            calls = [agent.export_states.remote(tuple(workers)) for agent in before[source].agents]
-            for rank, states in enumerate(call_all(calls, _CALL_TIMEOUT_S)):
-                result.setdefault((to, rank), {}).update(states)
-        return result
+    def _send(self, members: list[Replica], plan: Plan, finish: bool) -> None:
+        """Tell the agents their places."""
+        for index, replica in enumerate(members):
+            replica.stage = Stage.MEMBER
+            for rank, agent in enumerate(replica.agents):
+                generation = Generation(
+                    number=self._generation,
+                    plan=plan,
+                    replica=index,
+                    names=tuple(r.names[rank] for r in members),
+                    addresses=tuple(r.hello(rank).address for r in members),
+                    founding=replica.name in self._founders,
+                    settled=self._decided,
+                    commands=tuple(self._pending.values()),
+                    finish=finish,
+                )
+                self._watch_run(replica, rank, agent.run.remote(generation))
 
     def _watch_run(self, replica: Replica, rank: int, reference: Any) -> None:
-        generation = self._generation
+        turn = self._turn
 
-        def done(result: Stopped | Failed | None, error: Exception | None) -> None:
-            if generation != self._generation or replica.stage is not Stage.MEMBER:
+        def done(result: Ended | None, error: Exception | None) -> None:
+            if turn != self._turn or replica.stage is not Stage.MEMBER:
                 return
             if error is not None:
                 self._fleet.broken(replica, error)
-            elif isinstance(result, Failed):
-                self._on_failed(replica, result)
-            elif result is not None:
+            elif isinstance(result, Stopped):
                 self._stopped[(replica.name, rank)] = result
                 if len(self._stopped) == len(self._members) * self._job.replica_size:
                     self._on_boundary()
+            elif isinstance(result, Left):
+                self._on_left(replica, result)
+            elif isinstance(result, Convicted):
+                self._on_convicted(result)
+            elif isinstance(result, Failed):
+                self.on_failed(replica, result)
 
         self._loop.watch(reference, done)
+
+    def _on_left(self, replica: Replica, left: Left) -> None:
+        """An agent lost a connection. Ray, the guard or the peer itself will mostly say why; else it just broke."""
+        peer = self._fleet.replica_of(left.peer) if left.peer else replica
+        if peer is not None:
+            self._accused[peer.name] += 1
+        turn = self._turn
+        how = "garbled what it carried" if left.garbled else "broke"
+        what = f"a connection between {replica.name} and {left.peer or 'an agent of the same replica'} {how}"
+        self._loop.later(
+            0.0 if left.garbled else _ROOT_CAUSE_S,
+            lambda: self._on_broken(turn, what, replica if left.group else None),
+        )
+
+    def _on_broken(self, turn: int, what: str, useless: Replica | None) -> None:
+        if turn != self._turn:
+            return  # the reason was found meanwhile
+        self._breaks += 1
+        if useless is not None:
+            self._lose([useless], what)
+        elif self._breaks < _MOST_BREAKS:
+            self._recover(what)
+        else:
+            newest = {replica.name: index for index, replica in enumerate(self._members)}
+            worst = max(self._members, key=lambda r: (self._accused[r.name], newest[r.name]))
+            self._lose([worst], f"connections to it broke {self._breaks} times in a row")
+
+    def _on_convicted(self, convicted: Convicted) -> None:
+        if convicted.late:
+            self._admission.exact = False
+        replicas = [r for r in self._members if set(r.names) & set(convicted.names)]
+        self._lose(replicas, f"computes wrongly: {convicted.reason}")
+
+    # -- boundaries ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, references: Sequence[Any], then: Callable[[list[Any]], None]) -> None:
+        """Go on with the answers of agents, unless the turn ends before they are there."""
+        turn = self._turn
+
+        def done(results: list[Any] | None, error: Exception | None) -> None:
+            if turn != self._turn or isinstance(error, RayActorError):
+                return  # of a death the fleet hears too
+            if error is not None:
+                raise error
+            assert results is not None
+            failed = next((result for result in results if isinstance(result, Failed)), None)
+            if failed is not None:
+                self.outcome.cause = failed.cause
+                self._fail(failed.error)
+            else:
+                then(results)
+
+        self._loop.gather(references, done)
 
     def _on_boundary(self) -> None:
         """All agents have stopped, at the same step."""
         stops = list(self._stopped.values())
         if len({(s.step, s.command, s.weights_digest) for s in stops}) > 1:
             raise ProtocolError(f"agents stopped at different places: {self._stopped}")
-        self._drain_reports()
-        if self._recorder.steps != stops[0].step:
-            raise ProtocolError(f"agents stopped at step {stops[0].step}, their reports at {self._recorder.steps}")
         self._running = False
-        command = stops[0].command
+        reporter = self._members[0].agents[0]
+        self._ask([reporter.reports.remote(self._recorder.serial, 0.0)], lambda got: self._at_boundary(stops, got[0]))
+
+    def _at_boundary(self, stops: list[Stopped], reports: list[Any]) -> None:
+        self._record(reports)
+        step, command = stops[0].step, stops[0].command
+        if self._recorder.steps != step:
+            raise ProtocolError(f"agents stopped at step {step}, their reports at {self._recorder.steps}")
         if command is None:
             self._finish(stops)
             return
-        self._log.add(Paused(self._generation, stops[0].step, command))
-        self._pending = {n: c for n, c in self._pending.items() if c.at_step > stops[0].step}
-        if self._serve_commands():
-            same = Decision(tuple(r.name for r in self._members))
-            self._form(same, finish=True)
+        self._log.add(Paused(self._generation, step, command))
+        self._pending = {n: c for n, c in self._pending.items() if c.at_step > step}
+        for due in sorted(s for s in self._script if s <= step):
+            self._exactly, self._reached = self._script.pop(due), False
+        self._serve()
+
+    def _serve(self) -> None:
+        """Do what the user asked for, one thing after the other; then form the next generation."""
+        if self._commands:
+            if self._commands[0].kind == "checkpoint":
+                self._write_checkpoint(self._served)
+            else:
+                self._finishing = True
+                self._served(None)
+            return
+        if self._finishing:
+            self._form(Decision(tuple(r.name for r in self._members)), finish=True)
             return
         decision = decide(self._view())
-        if decision.members is not None:
+        if decision.members:
             self._form(decision)
         else:
             self._consider()  # a script waits for the agents that it names
 
-    def _serve_commands(self) -> bool:
-        """Do what the user asked for at a boundary. Returns whether the run is to stop here."""
-        stop = False
-        commands, self._commands = self._commands, []
-        for kind, answer in commands:
-            if kind == "checkpoint":
-                answer.set_result(self._write_checkpoint())
-            else:
-                stop = True
-                answer.set_result(None)
-        return stop
+    def _served(self, path: str | None) -> None:
+        self._commands.pop(0).answer.set_result(path)
+        self._serve()
+
+    def _write_checkpoint(self, then: Callable[[str], None]) -> None:
+        """Write the weights of the present step, and go on with the checkpoint's path."""
+        started = time.perf_counter()
+        step = self._recorder.steps
+
+        def write(exports: list[Exported]) -> None:
+            path = f"{self._folder.path}/checkpoint-{self._folder.attempt:04d}-{step:09d}"
+            about = {"step": step, "weights_digest": exports[0].digest, "config": self._job.config.as_dict()}
+            checkpoint.write(self._folder.filesystem, path, {checkpoint.WEIGHTS: exports[0].data}, about)
+            self._log.add(CheckpointWritten(step, path, time.perf_counter() - started))
+            then(path)
+
+        self._ask([agent.export_weights.remote() for agent in self._members[0].agents], write)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
-    def _poll(self, generation: int) -> None:
-        if generation != self._generation or not self._running:
+    def _poll(self, turn: int) -> None:
+        if turn != self._turn or not self._running:
             return
         reporter, *others = [agent for replica in self._members for agent in replica.agents]
         for agent in others:
-            agent.acknowledge.remote(self._recorder.steps - 1)
+            agent.acknowledge.remote(self._recorder.serial - 1)
 
-        def done(reports: list[StepReport] | None, error: Exception | None) -> None:
-            if error is None and generation == self._generation:
+        def done(reports: list[Any] | None, error: Exception | None) -> None:
+            if error is None and turn == self._turn:
                 self._record(reports or [])
-                self._loop.later(_POLL_PAUSE_S, lambda: self._poll(generation))
+                self._loop.later(_POLL_PAUSE_S, lambda: self._poll(turn))
 
-        self._loop.watch(reporter.reports.remote(self._recorder.steps - 1, _POLL_WAIT_S), done)
+        self._loop.watch(reporter.reports.remote(self._recorder.serial - 1, _POLL_WAIT_S), done)
 
-    def _drain_reports(self) -> None:
-        reporter = self._members[0].agents[0]
-        (reports,) = call_all([reporter.reports.remote(self._recorder.steps - 1, 0.0)], _CALL_TIMEOUT_S)
-        self._record(reports)
-
-    def _record(self, reports: list[StepReport]) -> None:
+    def _record(self, reports: list[Any]) -> None:
         for report in reports:
-            self._recorder.add(report, self._members)
+            if self._recorder.add(report):
+                self._breaks, self._accused = 0, Counter()
+                for replica in self._members:
+                    if not replica.proven and set(replica.names) & set(getattr(report, "members", ())):
+                        replica.proven = True
+                        self._false_starts, self._ask_at = 0, 0.0
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
@@ -371,35 +579,20 @@ class Driver:
             digests = {s.state_digest for (_, r), s in self._stopped.items() if r == rank}
             if len(digests) > 1 and self._admission.exact:
                 raise ProtocolError(f"agents ended with different states: {self._stopped}")
-        last = stops[0]
-        if last.evaluation is not None:
-            self._recorder.evaluated(last.step, last.evaluation)
-        path = self._write_checkpoint()
-        for kind, answer in self._commands:
-            answer.set_result(path if kind == "checkpoint" else None)
+        self._write_checkpoint(lambda path: self._finished(stops[0], path))
+
+    def _finished(self, last: Stopped, path: str) -> None:
+        for request in self._commands:
+            request.answer.set_result(path if request.kind == "checkpoint" else None)
         self._commands = []
-        total = self._job.schedule.total_steps
-        reason = "all steps done" if last.step >= total else "stopped"
+        reason = "all steps done" if last.step >= self._job.schedule.total_steps else "stopped"
         self._log.add(RunFinished(last.step, last.weights_digest, reason))
         self.outcome.weights_digest = last.weights_digest
         self.outcome.checkpoint_path = path
         self._loop.end()
 
-    def _write_checkpoint(self) -> str:
-        """Write the weights of the present step. Returns the checkpoint's path."""
-        started = time.perf_counter()
-        exports = call_all([a.export_weights.remote() for a in self._members[0].agents], _CALL_TIMEOUT_S * 10)
-        export = exports[0]
-        if isinstance(export, Failed):
-            raise export.error
-        step = self._recorder.steps
-        path = f"{self._folder.path}/checkpoint-{self._folder.attempt:04d}-{step:09d}"
-        about = {"step": step, "weights_digest": export.digest, "config": self._job.config.as_dict()}
-        checkpoint.write(self._folder.filesystem, path, {checkpoint.WEIGHTS: export.data}, about)
-        self._log.add(CheckpointWritten(step, path, time.perf_counter() - started))
-        return path
-
     def _fail(self, error: Exception) -> None:
+        self._turn += 1
         if self.outcome.error is None:
             self.outcome.error = error
             self._log.add(RunFailed(self._recorder.steps, f"{type(error).__name__}: {error}"))
@@ -407,12 +600,9 @@ class Driver:
 
     def _close(self) -> None:
         """Leave nothing behind."""
-        with self._asking:
-            self._ended = True
-        for answer in self._answers:
-            if not answer.done():
-                answer.set_exception(self.outcome.error or RayDnnError("The run has ended."))
+        self.requests.close(self.outcome.error or RayDnnError("The run has ended."))
         try:
+            self._guard.close()
             self._fleet.close("the run has ended")
         except Exception as error:
             self._fail(error)

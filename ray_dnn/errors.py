@@ -8,7 +8,8 @@
     ├── HiddenStateError           a contribution computed twice gave other bits: the job has state outside its model.
     ├── NonFiniteError             a contribution holds NaN or infinity, and the job asked to stop there.
     ├── AdmissionError             an agent computes other bits than the rest. Use like machines or deterministic=False.
-    ├── AgentLostError             an agent is gone and the run may not go on without it.
+    ├── AgentLostError             agents are gone and the run may not go on without them. Raise max_failures.
+    ├── AuditError                 agents compute differently, and it cannot be told which are wrong. Use three or more.
     ├── CheckpointError            a checkpoint is not what its manifest says.
     ├── LedgerError                the ledger contradicts itself: a bug of ray_dnn. Please report it.
     └── ProtocolError              agents disagree about where they are: a bug of ray_dnn. Please report it.
@@ -57,7 +58,11 @@ class AdmissionError(RayDnnError):
 
 
 class AgentLostError(RayDnnError):
-    """An agent is gone and the run may not go on without it."""
+    """Agents are gone and the run may not go on without them."""
+
+
+class AuditError(RayDnnError):
+    """Agents compute differently, and it cannot be told which of them are wrong."""
 
 
 class CheckpointError(RayDnnError):

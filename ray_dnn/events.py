@@ -115,12 +115,14 @@ class GenerationFormed(Event):
     agents: list[str]
     joined: list[str]
     left: list[str]
+    lost: list[str]
     bounds: list[int]
 
     def text(self) -> str:
         parts = [f"generation {self.generation} from step {self.step}: {_agents(len(self.agents))}"]
         parts += [f"joined: {', '.join(self.joined)}"] if self.joined else []
         parts += [f"left: {', '.join(self.left)}"] if self.left else []
+        parts += [f"lost: {', '.join(self.lost)}"] if self.lost else []
         return "; ".join(parts)
 
 
@@ -136,13 +138,36 @@ class Paused(Event):
 
 @dataclass(frozen=True)
 class FirstStep(Event):
+    """A generation has committed its first step. Times in seconds since the epoch, as the reporting agent's clock says.
+
+    Attributes:
+        gap_s: since the step before.
+        called: when the agent was told of the generation.
+        left: when it had left the one before.
+        formed: when it was connected to all others.
+        agreed: when all had the same state.
+        committed: when the step was committed.
+    """
+
     generation: int
     step: int
     gap_s: float
+    called: float
+    left: float
+    formed: float
+    agreed: float
+    committed: float
 
     def text(self) -> str:
         after = f", {self.gap_s:.2f} s after the step before" if self.gap_s else ""
-        return f"generation {self.generation} committed its first step, {self.step}{after}"
+        parts = (
+            ("left the old one", self.left - self.called),
+            ("connected", self.formed - self.left),
+            ("agreed on the state", self.agreed - self.formed),
+            ("computed", self.committed - self.agreed),
+        )
+        times = ", ".join(f"{what} in {seconds:.3f} s" for what, seconds in parts)
+        return f"generation {self.generation} committed its first step, {self.step}{after} ({times})"
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
 from ray_dnn.cluster import Gang, Places, room
 from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
+from ray_dnn.guard import Guard
+from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
 
 GROWTH = "one more agent could join"
@@ -35,66 +37,113 @@ class Stage(enum.Enum):
     GONE = "gone"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Seats:
+    """Places of one replica in a gang, by index."""
+
+    gang: Gang
+    indexes: tuple[int, ...]
+
+
+@dataclass(eq=False)
 class Replica:
     """The agents that together hold one replica: usually one.
 
     Attributes:
-        gang: the places that its agents stand on, perhaps with other replicas.
+        seats: where its agents are.
         names, agents, hellos, built: by rank inside of the replica; None until known.
+        first: whether its first contribution is the one that others are compared with.
+        proven: whether it has committed a step.
     """
 
     name: str
-    gang: Gang
+    seats: Seats
     names: list[str]
-    first: bool
     stage: Stage = Stage.ASKED
     agents: list[Any] = field(default_factory=list)
     hellos: list[Hello | None] = field(default_factory=list)
     built: list[Built | None] = field(default_factory=list)
+    first: bool = False
+    proven: bool = False
+
+    def hello(self, rank: int) -> Hello:
+        """Where an agent of a replica that has started is."""
+        hello = self.hellos[rank]
+        assert hello is not None
+        return hello
+
+
+class Owner(Protocol):
+    """Who is told of what happens to replicas: the driver."""
+
+    def on_placed(self) -> None: ...
+    def on_ready(self, replica: Replica) -> None: ...
+    def on_failed(self, replica: Replica, failed: Failed) -> None: ...
+    def on_lost(self, replica: Replica, reason: str) -> None:
+        """It is of no use any more. It still must be released."""
 
 
 class Fleet:
-    """Starts replicas and tells the driver when they are ready, failed or lost."""
+    """Starts replicas and tells the driver when they are ready, failed or lost.
+
+    Attributes:
+        replicas: those that are not gone, in the order in which they were asked for.
+        referenced: whether there is a first contribution that others are compared with.
+    """
 
     def __init__(
-        self,
-        loop: Loop,
-        log: EventLog,
-        job: Job,
-        places: Places,
-        ready: Callable[[Replica], None],
-        failed: Callable[[Replica, Failed], None],
-        lost: Callable[[Replica, str], None],
-        placed: Callable[[], None],
+        self, loop: Loop, log: EventLog, job: Job, places: Places, patience: Patience, guard: Guard, owner: Owner
     ):
         self._loop, self._log, self._job, self._places = loop, log, job, places
+        self._patience, self._guard, self._owner = patience, guard, owner
         self._job_ref = ray.put(job)
-        self._ready, self._failed, self._lost, self._placed = ready, failed, lost, placed
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
-        self.replicas: dict[str, Replica] = {}  # those that are not gone, in the order in which they were asked for
+        self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
+        self.replicas: dict[str, Replica] = {}
+        self.referenced = False
 
     def staged(self, *stages: Stage) -> list[Replica]:
         return [r for r in self.replicas.values() if r.stage in stages]
+
+    @property
+    def starting(self) -> list[Replica]:
+        """Replicas that were asked for and are not ready."""
+        return self.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)
+
+    def replica_of(self, agent: str) -> Replica | None:
+        """The replica that an agent belongs to; None where it is gone."""
+        return next((r for r in self.replicas.values() if agent in r.names), None)
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
-        gang = Gang(self._places, count * self._job.replica_size)
+        size = self._job.replica_size
+        gang = Gang(self._places, count * size)
         self._gangs.append(gang)
-        for _ in range(count):
-            number = next(self._numbers)
-            size = self._job.replica_size
-            names = [f"agent-{number}" if size == 1 else f"agent-{number}.{rank}" for rank in range(size)]
-            name = f"agent-{number}" if size == 1 else f"replica-{number}"
-            self.replicas[name] = Replica(name, gang, names, first=number == 1)
-        self._loop.watch(gang.ready, lambda _, error: self._start(gang, error))
+        replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
+        self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
         self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
 
+    def replace(self, count: int, purpose: str) -> None:
+        """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
+        while count and self._vacant:
+            self._start([self._add(self._vacant.pop(0))])
+            count -= 1
+        if count and not self.staged(Stage.ASKED):
+            # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
+            self.ask(1, purpose)
+
+    def _add(self, seats: Seats) -> Replica:
+        number, size = next(self._numbers), self._job.replica_size
+        names = [f"agent-{number}" if size == 1 else f"agent-{number}.{rank}" for rank in range(size)]
+        name = f"agent-{number}" if size == 1 else f"replica-{number}"
+        replica = self.replicas[name] = Replica(name, seats, names)
+        return replica
+
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
-        if gang not in self._gangs or not any(r.gang is gang for r in self.staged(Stage.ASKED)):
+        if gang not in self._gangs or not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
             return
         needs = ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
         self._log.add(Waiting(f"{purpose}: {gang.size} times ({needs}), all at once; the cluster has {room()}"))
@@ -103,27 +152,40 @@ class Fleet:
         again = min(after * 2, _WAITING_MAX_S)
         self._loop.later(again, lambda: self._still_waiting(gang, purpose, again))
 
-    def _start(self, gang: Gang, error: Exception | None) -> None:
-        waiting = [r for r in self.staged(Stage.ASKED) if r.gang is gang]
+    def _placed(self, replicas: list[Replica], error: Exception | None) -> None:
+        waiting = [r for r in replicas if r.stage is Stage.ASKED]  # the others were withdrawn meanwhile
         if error is not None:
             for replica in waiting:
-                self._end(replica, f"its place could not be had: {error}")
-            return
-        if not waiting:
-            return  # withdrawn meanwhile
-        agents = gang.start([name for replica in waiting for name in replica.names])
-        size = self._job.replica_size
-        for index, replica in enumerate(waiting):
-            replica.agents = agents[index * size : (index + 1) * size]
+                self._owner.on_lost(replica, f"its place could not be had: {error}")
+        elif waiting:
+            self._start(waiting)
+            self._owner.on_placed()
+
+    def _start(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            if not self.referenced and not any(r.first for r in self.replicas.values()):
+                replica.first = True
+            size = len(replica.names)
+            replica.agents = replica.seats.gang.start(dict(zip(replica.seats.indexes, replica.names, strict=True)))
             replica.hellos, replica.built = [None] * size, [None] * size
             replica.stage = Stage.STARTING
             for rank, agent in enumerate(replica.agents):
+                self._call(replica, agent.live.remote(), lambda *_: None, rank)
                 self._call(replica, agent.open.remote(self._job.secret), self._opened, rank)
-        self._placed()
+            self._limit_start(replica)
+
+    def _limit_start(self, replica: Replica) -> None:
+        def late() -> None:
+            if replica.stage is Stage.STARTING:  # once it has said hello, the guard counts
+                self._owner.on_lost(replica, f"its process was not up after {self._patience.start_s:g} s")
+
+        self._loop.later(self._patience.start_s, late)
 
     def _opened(self, replica: Replica, rank: int, hello: Hello) -> None:
         replica.hellos[rank] = hello
-        self._log.add(AgentStarted(replica.names[rank], hello.host, hello.pid))
+        name = replica.names[rank]
+        self._log.add(AgentStarted(name, hello.host, hello.pid))
+        self._guard.watch(name, hello.node_id, hello.pid, hello.started, hello.status_fd)
         if all(replica.hellos):
             replica.stage = Stage.BUILDING
             group = tuple(h.address for h in replica.hellos if h)
@@ -135,7 +197,7 @@ class Fleet:
         replica.built[rank] = built
         if all(replica.built):
             replica.stage = Stage.READY
-            self._ready(replica)
+            self._owner.on_ready(replica)
 
     def _call(self, replica: Replica, reference: Any, then: Callable[[Replica, int, Any], None], rank: int) -> None:
         """When an agent's call returns, go on with ``then``, unless the replica is gone or it went wrong."""
@@ -146,7 +208,7 @@ class Fleet:
             if error is not None:
                 self.broken(replica, error)
             elif isinstance(result, Failed):
-                self._failed(replica, result)
+                self._owner.on_failed(replica, result)
             else:
                 then(replica, rank, result)
 
@@ -155,11 +217,11 @@ class Fleet:
     def broken(self, replica: Replica, error: Exception) -> None:
         """A call to an agent raised: the agent died, or it could not even begin (its environment, an import)."""
         if isinstance(error, RayActorError):
-            self._end(replica, str(error).strip().splitlines()[0])
+            self._owner.on_lost(replica, self._how_it_died(replica, error))
         elif isinstance(error, RaySystemError) and "No module named" in str(error):
             missing = re.search(r"No module named [^\n]*", str(error))
             assert missing is not None
-            self._failed(
+            self._owner.on_failed(
                 replica,
                 Failed(
                     ConfigError(
@@ -170,54 +232,51 @@ class Fleet:
                 ),
             )
         elif isinstance(error, RayTaskError):
-            self._failed(replica, Failed(error.cause if isinstance(error.cause, Exception) else error))
+            self._owner.on_failed(replica, Failed(error.cause if isinstance(error.cause, Exception) else error))
         else:
-            self._failed(replica, Failed(error))
+            self._owner.on_failed(replica, Failed(error))
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def _end(self, replica: Replica, reason: str) -> None:
-        before = replica.stage
-        self.release(replica, reason)
-        replica.stage = before  # so that the driver sees what was lost
-        self._lost(replica, reason)
-        replica.stage = Stage.GONE
+    def _how_it_died(self, replica: Replica, error: RayActorError) -> str:
+        words = [w for name in replica.names if (w := self._guard.last_words(name))]
+        last = f", last seen in {' and '.join(words)}" if words else ""
+        detail = re.search(r"Worker exit detail: ([^.]*\.)", str(error))
+        return f"died{last}: {detail.group(1) if detail else str(error).strip().splitlines()[0]}"
 
-    def release(self, replica: Replica, reason: str) -> None:
-        """End a replica's agents, and give back its places when nobody else stands on them."""
+    def release(self, replica: Replica, reason: str, wanted: bool = False) -> None:
+        """End a replica's agents. Its places are kept for another where one is ``wanted``."""
         if replica.stage is Stage.GONE:
             return
         started = bool(replica.agents)
         replica.stage = Stage.GONE
         self.replicas.pop(replica.name, None)
+        for name in replica.names:
+            self._guard.forget(name)
         for agent in replica.agents:
             ray.kill(agent)
-        if not any(r.gang is replica.gang for r in self.replicas.values()):
-            self._gangs.remove(replica.gang)
-            replica.gang.give_back()
+        self._vacant.append(replica.seats)
         if started:
             self._log.add(AgentGone(replica.name, reason))
+        if not wanted:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Give back the places of gangs in which nobody is left."""
+        for gang in [g for g in self._gangs if not any(r.seats.gang is g for r in self.replicas.values())]:
+            self._gangs.remove(gang)
+            self._vacant = [seats for seats in self._vacant if seats.gang is not gang]
+            gang.give_back()
 
     def close(self, reason: str) -> None:
         """End all agents and wait until Ray has seen them dead."""
         replicas = list(self.replicas.values())
         for replica in replicas:
             self.release(replica, reason)
+        self.tidy()
         last = [agent.acknowledge.remote(-1) for replica in replicas for agent in replica.agents]
         if not last:
             return
         _, late = ray.wait(last, num_returns=len(last), timeout=_KILL_TIMEOUT_S)
         if late:
             raise AgentLostError(f"{len(late)} agents were told to end and are there {_KILL_TIMEOUT_S:g} s later.")
-
-
-def call_all(references: list[Any], timeout_s: float) -> list[Any]:
-    """The results of calls to several agents.
-
-    Raises:
-        AgentLostError: one of them died or did not answer in time.
-    """
-    try:
-        return ray.get(references, timeout=timeout_s)
-    except (RayActorError, GetTimeoutError) as error:
-        raise AgentLostError(f"An agent did not answer: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+from ray_dnn.agent import Striker
 from ray_dnn.cluster import Places
 from ray_dnn.config import TrainConfig
 from ray_dnn.engine.numerics import environment
@@ -14,7 +15,6 @@ from ray_dnn.errors import ConfigError
 from ray_dnn.strategies import Strategy
 
 _FAILURE_FIELDS = (
-    "max_failures",
     "controller_failure_limit",
     "max_preemption_failures",
     "relax_collectives_on_preemption",
@@ -38,9 +38,9 @@ class Limits:
     strategy: str
     labels: dict[str, str] | None
 
-    def places(self, run: RunConfig, config: TrainConfig) -> Places:
+    def places(self, run: RunConfig, config: TrainConfig, faults: Striker | None = None) -> Places:
         """What to ask the cluster for."""
-        return Places(self.resources, self.strategy, self.labels, _runtime_env(run, config))
+        return Places(self.resources, self.strategy, self.labels, _runtime_env(run, config), faults)
 
 
 def check_scaling(given: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> Limits:
@@ -90,6 +90,29 @@ def check_scaling(given: ScalingConfig, config: TrainConfig, replica_size: int, 
     return Limits(least // replica_size, most // replica_size, resources, placement, scaling.label_selector)
 
 
+def check_audit(given: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> None:
+    """Whether what agents compute can be compared.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not config.deterministic:
+        raise ConfigError("Trainer(audit=…): needs TrainConfig(deterministic=True), for it compares bits.")
+    if replica_size > 1:
+        raise ConfigError(f"Trainer(audit=…): not supported with replica_size={replica_size}. Leave it out.")
+    if strategy.worker_state == "mirrored":
+        raise ConfigError(
+            f"Trainer(audit=…): not supported with {type(strategy).__name__}, whose worker states are on two agents "
+            "only. Leave it out."
+        )
+    scaling: Any = given
+    if scaling.max_workers < 2:
+        raise ConfigError(
+            f"Trainer(audit=…): ScalingConfig(num_workers={given.num_workers}) gives nobody to compare with. Use at "
+            "least 2 agents, 3 to find out who is wrong."
+        )
+
+
 def check_run(given: RunConfig, config: TrainConfig) -> None:
     """Read a RunConfig.
 
@@ -111,9 +134,11 @@ def check_run(given: RunConfig, config: TrainConfig) -> None:
         value = getattr(failure, name, None)
         if value != getattr(default, name, None):
             raise ConfigError(
-                f"FailureConfig({name}={value!r}): going on after a death is not supported yet. Leave it out; a run "
-                "whose agent dies ends with a clear error."
+                f"FailureConfig({name}={value!r}): not supported. Leave it out; max_failures counts how often there "
+                "may be fewer agents than the minimum."
             )
+    if not isinstance(failure.max_failures, int) or failure.max_failures < -1:
+        raise ConfigError(f"FailureConfig(max_failures={failure.max_failures!r}): must be -1 (no limit), 0 or more.")
     _runtime_env(given, config)
 
 

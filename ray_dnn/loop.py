@@ -6,7 +6,7 @@ import heapq
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Call = Callable[[], None]
@@ -39,6 +39,28 @@ class Loop:
             self.post(lambda: done(result, error))
 
         future.add_done_callback(arrived)
+
+    def gather(self, references: Sequence[Any], done: Callable[[list[Any] | None, Exception | None], None]) -> None:
+        """Run ``done(results, None)`` when all references have resolved; ``done(None, error)`` at the first error."""
+        results: dict[int, Any] = {}
+        failed = False
+
+        def one(index: int) -> Callable[[Any, Exception | None], None]:
+            def resolved(result: Any, error: Exception | None) -> None:
+                nonlocal failed
+                if failed:
+                    return
+                results[index] = result
+                if error is not None:
+                    failed = True
+                    done(None, error)
+                elif len(results) == len(references):
+                    done([results[i] for i in range(len(references))], None)
+
+            return resolved
+
+        for index, reference in enumerate(references):
+            self.watch(reference, one(index))
 
     def end(self) -> None:
         """Return from `run` after the present call."""

@@ -17,7 +17,7 @@ class View:
         ready: built and admitted, waiting for a step boundary, in the order in which they became ready.
         starting: asked for and not ready yet.
         leaving: members that must go (told so by the user or by their node).
-        exactly: form no generation with another number of replicas than this (tests name it); None: any allowed.
+        one_by_one: whether no two may leave at once.
     """
 
     minimum: int
@@ -28,13 +28,11 @@ class View:
     ready: tuple[str, ...] = ()
     starting: int = 0
     leaving: frozenset[str] = frozenset()
-    exactly: int | None = None
+    one_by_one: bool = False
 
     @property
     def wanted(self) -> int:
         """Replicas that there should be."""
-        if self.exactly is not None:
-            return self.exactly
         return max(self.minimum, min(self.target, self.maximum, self.workers))
 
 
@@ -72,20 +70,26 @@ def decide(view: View) -> Decision:
     in which they became ready. A generation below the minimum is never formed.
     """
     staying = [m for m in view.members if m not in view.leaving]
-    surplus = staying[view.wanted :]
-    staying = staying[: view.wanted]
-    joining = view.ready[: view.wanted - len(staying)]
+    going = [*(m for m in view.members if m in view.leaving), *reversed(staying[view.wanted :])]
+    if view.one_by_one:
+        going = going[:1]
+    staying = [m for m in view.members if m not in going]
+    joining = view.ready[: max(0, view.wanted - len(staying))]
     lacking = view.wanted - len(staying) - len(view.ready) - view.starting
     ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
     dismiss = view.ready[len(joining) :]
     members = (*staying, *joining)
-    leaving = tuple(m for m in view.members if m in view.leaving or m in surplus)
-    least = view.exactly if view.exactly is not None else view.minimum
-    if len(members) < least:
-        reason = f"{len(members)} of at least {least} replicas are there, {view.starting + ask} are starting"
+    leaving = tuple(m for m in view.members if m in going)
+    if len(members) < view.minimum:
+        reason = f"{len(members)} of at least {view.minimum} replicas are there, {view.starting + ask} are starting"
         return Decision(None, (), (), ask, withdraw, dismiss, reason)
     words = [f"{', '.join(joining)} joining"] if joining and view.members else []
     words += [f"{', '.join(leaving)} leaving"] if leaving else []
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
+
+
+def backoff(losses: int) -> float:
+    """Seconds until the next newcomer is asked for, after so many in a row were lost: 0, 1, 2, 4 … 60."""
+    return 0.0 if losses < 2 else min(60.0, 2.0 ** (losses - 2))

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine.codec import decode, encode
+from ray_dnn.marks import Marks
+from ray_dnn.phases import Phase
 
 
 class ReplicaGroup:
@@ -27,8 +29,9 @@ class ReplicaGroup:
         rank, size: of this agent in its group.
     """
 
-    def __init__(self, mesh: Mesh | None = None):
+    def __init__(self, mesh: Mesh | None = None, marks: Marks | None = None):
         self._mesh = mesh
+        self._marks = marks or Marks()
         self.rank = mesh.rank if mesh else 0
         self.size = mesh.size if mesh else 1
 
@@ -44,13 +47,15 @@ class ReplicaGroup:
         """Everybody's tensor, by rank. Shapes may differ."""
         if self._mesh is None:
             return [tensor.detach()]
-        return [decode(raw) for raw in self._mesh.gather_variable(encode(tensor.detach()))]
+        with self._marks.during(Phase.GATHERING):
+            return [decode(raw) for raw in self._mesh.gather_variable(encode(tensor.detach()))]
 
     def minimum(self, number: int) -> int:
         """The smallest of everybody's numbers."""
         if self._mesh is None:
             return number
-        return min(int(raw) for raw in self._mesh.gather_variable(str(number).encode()))
+        with self._marks.during(Phase.GATHERING):
+            return min(int(raw) for raw in self._mesh.gather_variable(str(number).encode()))
 
 
 _current = ReplicaGroup()  # of this process; set by the agent before the model is built

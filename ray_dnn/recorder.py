@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_dnn.agent import Job
-from ray_dnn.engine.step import StepReport
+from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
 from ray_dnn.errors import ProtocolError
 from ray_dnn.events import Evaluated, EventLog, FirstStep, Progress, StepSkipped
 from ray_dnn.fleet import Replica
@@ -21,7 +21,8 @@ class Recorder:
     """What is known of the committed steps.
 
     Attributes:
-        steps: committed and recorded; the next report must be of this step.
+        steps: committed and recorded.
+        serial: of the newest report; the next one must be the one behind it.
         history: evaluations, as ``TrainSpec.stop`` sees them.
     """
 
@@ -29,7 +30,7 @@ class Recorder:
         self._job, self._log = job, log
         self._ledger = folder.append_file(LEDGER)
         self._ledger.write(LedgerHead(job.order, job.schedule).to_json())
-        self._speeds: dict[str, float] = {}  # contributions per second, smoothed, by replica
+        self._speeds: dict[str, float] = {}  # contributions per second, smoothed, by first agent of the replica
         self._last: StepReport | None = None
         self._rows = 0
         self._started = self._told = time.time()
@@ -37,46 +38,76 @@ class Recorder:
         self._skipped = 0
         self._agents: set[str] = set()
         self._generations = 0
-        self.steps = 0
+        self.steps = self.serial = 0
         self.history: list[dict[str, float]] = []
 
-    def add(self, report: StepReport, members: Sequence[Replica]) -> None:
-        """Record a committed step. Reports that are known already are passed over."""
-        if report.step < self.steps:
-            return
+    def add(self, report: Report) -> bool:
+        """Record what was committed. Returns False where it is known already.
+
+        A step that was committed by agents which then died, all of them, is committed again by others.
+        """
+        if report.serial <= self.serial:
+            self._compare(report)
+            return False
+        if report.serial > self.serial + 1:
+            raise ProtocolError(f"report {report.serial} (step {report.step}) came where {self.serial + 1} is due")
+        self.serial = report.serial
+        if isinstance(report, EvaluationReport):
+            self.history.append({"step": float(report.step)} | report.metrics)
+            self._log.add(Evaluated(report.step, report.metrics))
+        else:
+            self._step(report)
+        return True
+
+    def _step(self, report: StepReport) -> None:
         if self._last is None:  # the clock starts with the first step, not with the agents
             self._started = self._told = report.began
-        if report.step > self.steps:
-            raise ProtocolError(f"step {report.step} was reported where step {self.steps} is due")
         self.steps += 1
         self._rows += report.rows
         line = LedgerLine(
             report.step, report.generation, report.worker_rows, report.worker_digests, report.metrics, report.skipped
         )
         self._ledger.write(line.to_json())
-        for replica, speed in zip(members, report.speeds, strict=True):
-            old = self._speeds.get(replica.name, speed)
-            self._speeds[replica.name] = 0.8 * old + 0.2 * speed
+        for name, speed in zip(report.members, report.speeds, strict=True):
+            self._speeds[name] = 0.8 * self._speeds.get(name, speed) + 0.2 * speed
         if self._last is None or self._last.generation != report.generation:
-            self._generations += 1
-            self._agents |= {name for replica in members for name in replica.names}
-            gap = report.time - self._last.time if self._last else 0.0
-            self._log.add(FirstStep(report.generation, report.step, gap))
+            self._generation_begins(report)
         if report.skipped:
             self._skipped += 1
             self._log.add(StepSkipped(report.step, report.skipped))
         self._last = report
-        if report.evaluation is not None:
-            self.evaluated(report.step + 1, report.evaluation)
-        self._progress(sum(len(replica.names) for replica in members))
+        self._progress(len(report.members) * self._job.replica_size)
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        self.history.append({"step": float(step)} | metrics)
-        self._log.add(Evaluated(step, metrics))
+    def _generation_begins(self, report: StepReport) -> None:
+        self._generations += 1
+        self._agents |= set(report.members)
+        gap = report.time - self._last.time if self._last else 0.0
+        joined = report.joined
+        assert joined is not None
+        self._log.add(
+            FirstStep(
+                generation=report.generation,
+                step=report.step,
+                gap_s=gap,
+                called=joined.called,
+                left=joined.left,
+                formed=joined.formed,
+                agreed=joined.agreed,
+                committed=report.time,
+            )
+        )
+
+    def _compare(self, report: Report) -> None:
+        last = self._last
+        if isinstance(report, StepReport) and last is not None and report.step == last.step:
+            for name in ("metrics", "worker_rows", "worker_digests", "skipped"):
+                one, other = getattr(last, name), getattr(report, name)
+                if repr(one) != repr(other):  # which NaN is equal to itself in
+                    raise ProtocolError(f"step {report.step} was committed twice, with {name} {one} and {other}")
 
     def speeds(self, members: Sequence[Replica]) -> list[float]:
         """Speeds for the plan: measured ones where all are known, else all alike."""
-        known = [self._speeds.get(replica.name) for replica in members]
+        known = [self._speeds.get(replica.names[0]) for replica in members]
         if any(speed is None for speed in known):
             return [1.0] * len(known)
         return [speed for speed in known if speed is not None]

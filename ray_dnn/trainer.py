@@ -19,13 +19,15 @@ import pandas as pd  # type: ignore[import-untyped]
 import ray
 from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, TrainingFailedError
 
-from ray_dnn.agent import Job
-from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.agent import Job, Striker
+from ray_dnn.cluster import Places
+from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.driver import Driver, Outcome, Size
 from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import Event, EventLog, RunStarted
 from ray_dnn.feed import BlockIndex, index_dataset
-from ray_dnn.limits import Limits, check_run, check_scaling
+from ray_dnn.limits import Limits, check_audit, check_run, check_scaling
+from ray_dnn.liveness import Patience
 from ray_dnn.sampler import rows_of_job
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
@@ -47,6 +49,8 @@ class Trainer:
         scaling_config: Ray Train's own class. ``num_workers=(least, most)`` agents, or one number.
         run_config: Ray Train's own class: name, storage, environment of the agents.
         replica_size: agents that together hold one replica of the model (see `ray_dnn.parallel`).
+        patience: how long agents that hang are waited for.
+        audit: what is compared to find agents that compute wrongly; None: nothing.
         start_from, load: old weights to begin a new run with.
 
     Raises:
@@ -60,6 +64,8 @@ class Trainer:
     scaling_config: ScalingConfig = field(default_factory=ScalingConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
     replica_size: int = 1
+    patience: Patience = field(default_factory=Patience)
+    audit: Audit | None = None
     start_from: Any = None
     load: str = "weights"
 
@@ -87,6 +93,8 @@ class Trainer:
         if self.start_from is not None:
             raise ConfigError("Trainer(start_from=…) is not supported yet. Load the weights in build_model.")
         check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
+        if self.audit is not None:
+            check_audit(self.scaling_config, self.config, self.replica_size, self.strategy)
         check_run(self.run_config, self.config)
 
     def fit(self) -> Result:
@@ -108,7 +116,7 @@ class Trainer:
         """Start training in the background."""
         return self._start({})
 
-    def _start(self, script: dict[int, int]) -> Handle:
+    def _start(self, script: dict[int, int], faults: Striker | None = None) -> Handle:
         if not ray.is_initialized():
             ray.init()
         _show_log()
@@ -118,7 +126,10 @@ class Trainer:
         if run.storage_path is None or run.name is None:
             raise ConfigError("RunConfig needs a storage_path and a name.")
         folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
-        return Handle(self, job, Size(self._limits().least, self._limits().most, script), folder)
+        failures = run.failure_config.max_failures if run.failure_config else 0
+        limits = self._limits()
+        size = Size(limits.least, limits.most, failures, script)
+        return Handle(self, job, size, limits.places(run, self.config, faults), folder)
 
     def _limits(self) -> Limits:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
@@ -126,22 +137,22 @@ class Trainer:
     def _job(self, indexes: dict[str, BlockIndex]) -> Job:
         order, schedule = rows_of_job(self.config, indexes["train"].rows, self.strategy.local_batches)
         secret = secrets.token_bytes(32)
-        return Job(self.spec, self.config, self.strategy, indexes, order, schedule, secret, self.replica_size)
+        return Job(
+            self.spec, self.config, self.strategy, indexes, order, schedule, secret, self.replica_size, self.audit
+        )
 
 
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
 
-    def __init__(self, trainer: Trainer, job: Job, size: Size, folder: RunFolder):
+    def __init__(self, trainer: Trainer, job: Job, size: Size, places: Places, folder: RunFolder):
         self._trainer, self._folder = trainer, folder
         self._file = folder.append_file(EVENTS)
         self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
         about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": job.order.rows}
         name = str(trainer.run_config.name)
         self._log.add(RunStarted(name, folder.path, folder.attempt, about))
-        self._driver = Driver(
-            job, size, trainer._limits().places(trainer.run_config, trainer.config), folder, self._log
-        )
+        self._driver = Driver(job, size, places, trainer.patience, folder, self._log)
         self._outcome: Future[Outcome] = Future()
         self._thread = threading.Thread(target=self._run, name="ray_dnn-driver", daemon=True)
         self._thread.start()
@@ -161,11 +172,11 @@ class Handle:
 
     def stop(self) -> None:
         """Stop at the next step boundary; evaluate and write the weights as at the end."""
-        self._driver.request("stop")
+        self._driver.requests.make("stop")
 
     def checkpoint(self) -> Checkpoint:
         """Write the weights at the next step boundary, and wait for it."""
-        path = self._driver.request("checkpoint").result()
+        path = self._driver.requests.make("checkpoint").result()
         return Checkpoint(path, self._folder.filesystem)
 
     def resize(self, agents: int) -> None:
@@ -180,7 +191,7 @@ class Handle:
                 f"resize({agents}): must be from {limits.least * size} to {limits.most * size}, as ScalingConfig allows"
                 f"{f', and a multiple of replica_size={size}' if size > 1 else ''}."
             )
-        self._driver.request("resize", agents // size)
+        self._driver.requests.make("resize", agents // size)
 
     def result(self) -> Result:
         """Wait for the end. Returns and raises what `Trainer.fit` does."""
@@ -204,7 +215,7 @@ class Handle:
 
     def _interrupt(self) -> None:
         """End all agents at once."""
-        self._driver.request("interrupt")
+        self._driver.requests.make("interrupt")
         self._thread.join()
 
 

@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,20 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ray_dnn.comm.mesh import Address, Listener, Mesh, PeerLostError
-from ray_dnn.config import TrainConfig, TrainSpec
+from ray_dnn.comm.mesh import AbandonedError, Address, Listener, Mesh, PeerLostError
+from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
+from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.probe import FirstContribution, first_contribution
+from ray_dnn.engine.reports import Report, StepReport
 from ray_dnn.engine.state import TrainingState
-from ray_dnn.engine.step import Engine, StepReport
-from ray_dnn.engine.transfer import receive_state, send_state
-from ray_dnn.engine.worker_states import moves
+from ray_dnn.engine.step import Engine
+from ray_dnn.engine.train import train
+from ray_dnn.engine.transfer import agree
+from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup
 from ray_dnn.plan import Plan, lay
 from ray_dnn.sampler import RowOrder, Rows, Schedule, rows_of_job
@@ -69,6 +72,7 @@ class Job:
     rows: pa.Table
     validation: pa.Table | None = None
     strategy: Strategy = field(default_factory=DataParallel)
+    audit: Audit | None = None
     preload: tuple[str, ...] = ()
 
     @property
@@ -116,22 +120,36 @@ class Place:
     plan: Plan
     replica: int
     addresses: tuple[Address, ...]
-    source: int
-    newcomers: tuple[int, ...]
-    worker_states: dict[int, bytes]
     until: int | None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What an agent has after a generation. ``worker_states``: the workers whose states it holds, encoded."""
+    """What an agent has after a generation. ``worker_states``: the workers whose states it holds, encoded.
 
-    reports: list[StepReport]
+    ``lost``: why its generation ended early, or None.
+    """
+
+    reports: list[Report]
     history: list[dict[str, float]]
     weights: str
     state: str
     worker_states: dict[int, bytes]
     finished: bool
+    lost: str | None = None
+
+
+class Until:
+    """Decisions of a driver that wants all agents to stop before one step."""
+
+    def __init__(self, step: int | None):
+        self._step = step
+
+    def held(self) -> int:
+        return 0
+
+    def due(self, step: int, agreed: int) -> int | None:
+        return 1 if step == self._step else None
 
 
 class Agent:
@@ -140,6 +158,9 @@ class Agent:
     def open(self, secret: bytes) -> Address:
         self._secret = secret
         self._listener = Listener("127.0.0.1", secret)
+        self._holds = False
+        self._reports: list[Report] = []
+        self.marks = Marks()
         return self._listener.address
 
     def build(self, make: Make, twice: bool) -> FirstContribution:
@@ -151,43 +172,45 @@ class Agent:
         if job.validation is not None:
             readers = {"validation": (Reader(job.validation), job.validation.num_rows)}
             evaluator = Evaluator(made.state, readers, made.source._collate)
-        self._engine = Engine(made, evaluator, ReplicaGroup(), first.metrics)
-        self._engine.states.start()
+        self.engine = Engine(made, evaluator, ReplicaGroup(), first.metrics, self.marks, job.audit)
+        self.engine.states.start()
+        self._checked = job.audit is not None
         return first
 
     def train(self, place: Place) -> Trained:
-        engine, plan = self._engine, place.plan
-        reports = []
-        mesh = Mesh(plan.number, place.replica, plan.replicas)
+        engine, plan = self.engine, place.plan
+        # Until the first step everybody's state is the state as built: founders hold it.
+        self._holds = self._holds or plan.number == 0
+        self.marks.join(plan.number, place.replica)
+        mesh = self.mesh = Mesh(plan.number, place.replica, plan.replicas, checked=self._checked)
+        lost = None
         try:
             mesh.form(self._listener, self._secret, place.addresses, timeout_s=20)
-            if place.replica in place.newcomers:
-                receive_state(mesh, engine, place.source)
-            elif place.replica == place.source:
-                send_state(mesh, engine, place.newcomers)
-            engine.states.take(place.worker_states)
+            agree(mesh, engine, self._holds, lambda: self._reports, self._reports.append)
+            self._holds = True
+            engine.states.settle(mesh, plan)
             engine.enter(plan.number, mesh, plan, ("an agent",) * plan.replicas)
-            while not engine.finished and engine.state.step != place.until:
-                reports.append(engine.step(0))
-            if engine.finished:
-                engine.finish()
+            train(engine, Until(place.until), 0, False, self._reports.append)
+        except (PeerLostError, AbandonedError, ConvictedError) as error:
+            lost = f"{type(error).__name__}: {error}"
         finally:
             mesh.close()
         return Trained(
-            reports,
+            self._reports,
             list(engine.history),
             codec.weights_digest(engine.state.weights(ReplicaGroup())),
             codec.digest(engine.state.export()),
             engine.states.export(),
             engine.finished,
+            lost,
         )
 
     def export(self) -> bytes:
-        return codec.encode(self._engine.state.export())
+        return codec.encode(self.engine.state.export())
 
     def close(self) -> None:
         self._listener.close()
-        del self._engine
+        del self.engine
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -372,46 +395,48 @@ class Run:
 def run(make: Make, sizes: Mapping[int, int]) -> Run:
     """Run a job under a script, checking after each generation that all its members agree."""
     job = make()
-    generations = itinerary({step: min(size, job.config.virtual_workers) for step, size in sizes.items()})
+    one_by_one = job.strategy.worker_state == "mirrored"  # a worker's two holders must not leave at once
+    sizes = {step: min(size, job.config.virtual_workers) for step, size in sizes.items()}
+    generations = itinerary(sizes, one_by_one)
     count = 1 + max(max(members) for _, members in generations)
     ends = [step for step, _ in generations[1:]] + [None]
-    reports: list[StepReport] = []
     with _pool(job.config.isa, job.preload).borrow(count) as agents:
         secret = secrets.token_bytes(32)
         addresses = _ask([(a, "open", (secret,)) for a in agents])
         firsts = _ask([(a, "build", (make, index == 0)) for index, a in enumerate(agents)])
         assert len({first.digest for first in firsts}) == 1, "agents disagree about the first contribution"
-        before: tuple[Plan, tuple[int, ...], list[Trained]] | None = None
         for number, ((_, members), until) in enumerate(zip(generations, ends, strict=True)):
             plan = lay(number, job.config.virtual_workers, speeds(number, len(members)))
-            places = _places(plan, members, before, job.strategy.worker_state)
             there = tuple(addresses[m] for m in members)
-            requests = [
-                (agents[m], "train", (replace(place, addresses=there, until=until),))
-                for m, place in zip(members, places, strict=True)
-            ]
+            requests = [(agents[m], "train", (Place(plan, r, there, until),)) for r, m in enumerate(members)]
             trained = _ask(requests)
-            _check_agreement(trained, [agents[m] for m in members])
-            reports += trained[0].reports
-            before = plan, members, trained
+            assert not any(t.lost for t in trained), [t.lost for t in trained]
+            check_agreement(trained, [agents[m] for m in members])
             if trained[0].finished:
                 break
         (tree,) = _ask([(agents[members[-1]], "export", ())])
         _ask([(a, "close", ()) for a in agents])
     last = trained[0]
     states = {w: state for t in trained for w, state in t.worker_states.items()}
+    reports = last.reports
     steps = tuple(map(bits, reports))
+    assert [r.serial for r in reports] == list(range(1, len(reports) + 1))
     history = json.dumps(last.history)
-    return Run(steps, history, last.weights, last.state, dict(sorted(states.items())), tree, tuple(reports), firsts[0])
+    taken = tuple(r for r in reports if isinstance(r, StepReport))
+    return Run(steps, history, last.weights, last.state, dict(sorted(states.items())), tree, taken, firsts[0])
 
 
-def itinerary(sizes: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
+def itinerary(sizes: Mapping[int, int], one_by_one: bool) -> list[tuple[int, tuple[int, ...]]]:
     """The generations of a script: from which step on, and the agents by replica."""
     members: list[int] = []
     agents = 0
     generations = []
     for number, (step, size) in enumerate(sorted(sizes.items())):
         leaving = max(0, len(members) - size) or int(len(members) == size > 1)
+        while leaving > 1 and one_by_one:
+            members = members[1:] if number % 2 else members[:-1]
+            generations.append((step, tuple(members)))
+            leaving -= 1
         members = members[leaving:] if number % 2 else members[: len(members) - leaving]
         newcomers = range(agents, agents + size - len(members))
         agents += len(newcomers)
@@ -425,22 +450,7 @@ def speeds(generation: int, replicas: int) -> list[float]:
     return [1.0 + (3 * r + 5 * generation) % 4 * bool(generation) for r in range(replicas)]
 
 
-def _places(
-    plan: Plan, members: tuple[int, ...], before: tuple[Plan, tuple[int, ...], list[Trained]] | None, kind: str
-) -> list[Place]:
-    """The places of a generation. The newest of those who stay is the source."""
-    stayed = [r for r, m in enumerate(members) if before is None or m in before[1]]
-    newcomers = tuple(r for r in range(len(members)) if r not in stayed)
-    states: list[dict[int, bytes]] = [{} for _ in members]
-    if before is not None and kind != "none":
-        plan_before, members_before, trained = before
-        copies = moves(kind, plan_before, [*map(str, members_before)], plan, [*map(str, members)])
-        for (source, to), workers in copies.items():
-            states[to] |= {worker: trained[source].worker_states[worker] for worker in workers}
-    return [Place(plan, replica, (), stayed[-1], newcomers, states[replica], None) for replica in range(len(members))]
-
-
-def _check_agreement(trained: Sequence[Trained], agents: Sequence[_Process]) -> None:
+def check_agreement(trained: Sequence[Trained], agents: Sequence[_Process]) -> None:
     """Fail, naming the first place that differs, where members of a generation do not agree."""
     for other, agent in zip(trained[1:], agents[1:], strict=True):
         assert [bits(r) for r in other.reports] == [bits(r) for r in trained[0].reports]
@@ -450,10 +460,10 @@ def _check_agreement(trained: Sequence[Trained], agents: Sequence[_Process]) -> 
             raise AssertionError(f"agents of one generation differ in {codec.first_difference(one, two)}")
 
 
-def bits(report: StepReport) -> str:
+def bits(report: Report) -> str:
     """What of a report must be the same whoever took part. Floats are written with all their digits."""
-    names = ("step", "metrics", "rows", "worker_rows", "worker_digests", "skipped", "evaluation")
-    return json.dumps({name: getattr(report, name) for name in names})
+    names = ("serial", "step", "metrics", "rows", "worker_rows", "worker_digests", "skipped")
+    return json.dumps({name: getattr(report, name) for name in names if hasattr(report, name)})
 
 
 def assert_same(one: Run, other: Run) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ray_dnn.comm.exchange import slice_bounds
 from ray_dnn.engine import codec
-from ray_dnn.engine.records import Place, RecordFormat, Report
+from ray_dnn.engine.records import Header, Place, RecordFormat
 from ray_dnn.errors import ConfigError, ProtocolError
 from ray_dnn.membership import Decision, View, decide
 from ray_dnn.plan import Plan, lay
@@ -424,7 +424,7 @@ def records_of(raw: bytes) -> np.ndarray:
 @given(places, st.integers(0, 2**40), st.floats(0, 1e6), st.binary(max_size=5 * FORM.dtype.itemsize))
 def test_records_survive_being_bytes(place: Place, held: int, seconds: float, raw: bytes) -> None:
     records = records_of(raw)
-    data = FORM.pack(place, Report(held, seconds, records))
+    data = FORM.pack(place, Header(held, seconds, records))
     assert len(data) == FORM.size(len(records))
     back = FORM.unpack(data, place, 1)
     assert (back.held, back.seconds, back.records.tobytes()) == (held, seconds, records.tobytes())
@@ -434,7 +434,7 @@ def test_records_survive_being_bytes(place: Place, held: int, seconds: float, ra
 @given(places, places)
 def test_records_of_another_place_are_refused(place: Place, other: Place) -> None:
     assume(place != other)
-    data = FORM.pack(place, Report(0, 0.0, FORM.empty()))
+    data = FORM.pack(place, Header(0, 0.0, FORM.empty()))
     with pytest.raises(ProtocolError, match="replica 2 is at"):
         FORM.unpack(data, other, 2)
 
@@ -467,4 +467,4 @@ def test_slices_cover_a_lane_evenly_at_aligned_places(length: int, parts: int) -
 
 def test_a_place_fits_what_it_holds() -> None:
     with pytest.raises(struct.error):
-        FORM.pack(Place(2**63, 0, 0, 0, 0), Report(0, 0.0, FORM.empty()))
+        FORM.pack(Place(2**63, 0, 0, 0, 0), Header(0, 0.0, FORM.empty()))

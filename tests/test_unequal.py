@@ -34,7 +34,7 @@ def train(job: Job) -> None:
     mesh = Mesh(0, 0, 1)
     engine.enter(0, mesh, lay(0, job.config.virtual_workers, [1.0]), ("an agent",))
     while not engine.finished:
-        engine.step(0)
+        engine.advance(0)
     mesh.close()
 
 

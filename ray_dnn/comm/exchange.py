@@ -2,19 +2,23 @@
 
 Each replica has folded the subtrees its range covers. The vector is cut into one slice a replica. In the first phase
 every replica sends to each other one its header and that one's slice of each of its subtrees; then each folds the rest
-of the tree for its own slice. In the second phase the finished slices are gathered. With ranges that align with the
-tree the bytes moved are those of an all-reduce. Only plain additions happen, always with the same operands: equal bits.
+of the tree for its own slice. In the second phase the finished slices are gathered, each behind one byte more, so that
+whoever has completed the exchange knows that everybody else has completed the first phase. With ranges that align with
+the tree the bytes moved are those of an all-reduce. Only plain additions happen, always with the same operands: equal
+bits.
 
 A vector is a list of lanes, one a dtype: flat tensors of float32 and float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ray_dnn.comm.mesh import Mesh
+from ray_dnn.marks import Marks
+from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
 from ray_dnn.tree import Node, fold
 
@@ -34,17 +38,27 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().numpy().data
 
 
+def _ready() -> memoryview:
+    return memoryview(bytearray(1))
+
+
 class TreeExchange:
     """Combines the vectors of one plan over one mesh (one member a replica)."""
 
-    def __init__(self, mesh: Mesh, plan: Plan):
+    def __init__(self, mesh: Mesh, plan: Plan, marks: Marks | None = None):
         self._mesh = mesh
         self._plan = plan
+        self._marks = marks or Marks()
         self._covers = [plan.cover(r) for r in range(plan.replicas)]
         self._scratch: dict[tuple[int, Node, int], torch.Tensor] = {}  # receive buffers by (peer, node, lane)
 
     def combine(
-        self, header: bytes, header_sizes: Sequence[int], folded: Mapping[Node, Vector], out: Vector
+        self,
+        header: bytes,
+        header_sizes: Sequence[int],
+        folded: Mapping[Node, Vector],
+        out: Vector,
+        between: Callable[[list[bytes]], None] = lambda headers: None,
     ) -> list[bytes]:
         """Sum over the whole tree.
 
@@ -53,11 +67,14 @@ class TreeExchange:
             header_sizes: the lengths of everybody's headers, by replica.
             folded: this replica's covering nodes and their vectors. Left unchanged.
             out: the vector that the sum is written to. Same lanes as the others.
+            between: called with the headers between the two phases. Whoever completes the exchange knows that this
+                call has returned on every member.
 
         Returns:
             The headers, by replica.
         """
         rank, mesh = self._mesh.rank, self._mesh
+        self._marks.enter(Phase.EXCHANGE_FIRST)
         bounds = [slice_bounds(len(lane), mesh.size) for lane in out]
         headers = {peer: bytearray(header_sizes[peer]) for peer in mesh.peers}
         sends, receives = {}, {}
@@ -75,11 +92,23 @@ class TreeExchange:
         mesh.exchange(sends, receives)
         for lane, b in enumerate(bounds):
             self._fold_slice(lane, folded, out[lane], b[rank], b[rank + 1])
+        everyone = [header if r == rank else bytes(headers[r]) for r in range(mesh.size)]
+        between(everyone)
+        self._marks.enter(Phase.EXCHANGE_MIDDLE)
         slices = [
-            [view_bytes(lane[b[r] : b[r + 1]]) for lane, b in zip(out, bounds, strict=True)] for r in range(mesh.size)
+            [_ready()] + [view_bytes(lane[b[r] : b[r + 1]]) for lane, b in zip(out, bounds, strict=True)]
+            for r in range(mesh.size)
         ]
-        mesh.exchange(dict.fromkeys(mesh.peers, slices[rank]), {peer: slices[peer] for peer in mesh.peers})
-        return [header if r == rank else bytes(headers[r]) for r in range(mesh.size)]
+        missing = sum(len(slices[peer]) for peer in mesh.peers)
+
+        def received(peer: int, index: int) -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                self._marks.enter(Phase.EXCHANGE_LAST)
+
+        mesh.exchange(dict.fromkeys(mesh.peers, slices[rank]), {peer: slices[peer] for peer in mesh.peers}, received)
+        return everyone
 
     def _received(self, peer: int, node: Node, lane: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         key = (peer, node, lane)

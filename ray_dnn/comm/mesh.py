@@ -27,6 +27,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ Buffers = Sequence[memoryview]
 _SECRET_BYTES = 32
 _HELLO = struct.Struct(f"!8s{_SECRET_BYTES}sqqq")
 _MAGIC = b"ray_dnn1"
+_CHECKSUM = struct.Struct("!I")
 _HELLO_TIMEOUT_S = 10.0
 
 
@@ -46,11 +48,17 @@ class PeerLostError(RayDnnError):
 
     Attributes:
         peer: its rank in the mesh.
+        channel: of the mesh.
     """
 
-    def __init__(self, peer: int, detail: str):
+    def __init__(self, peer: int, detail: str, channel: int = 0):
         super().__init__(f"the connection to rank {peer} closed: {detail}")
         self.peer = peer
+        self.channel = channel
+
+
+class GarbledError(PeerLostError):
+    """Bytes arrived otherwise than they were sent. Never reaches the user."""
 
 
 class AbandonedError(RayDnnError):
@@ -121,7 +129,7 @@ class Listener:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise PeerLostError(hello.rank, "it did not connect in time")
-                self._changed.wait(min(left, 0.05))
+                self._changed.wait(left)
             return self._arrived.pop(hello)
 
     def forget_before(self, generation: int) -> None:
@@ -130,6 +138,11 @@ class Listener:
             self._oldest = max(self._oldest, generation)
             for hello in [h for h in self._arrived if h.generation < self._oldest]:
                 self._arrived.pop(hello).close()
+
+    def wake(self) -> None:
+        """Have `take` look again whether it was abandoned."""
+        with self._changed:
+            self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
@@ -158,14 +171,28 @@ class Mesh:
 
     Attributes:
         rank, size: of this member, and how many members there are.
-        generation: that it belongs to.
+        generation, channel: that it belongs to.
+        checked: whether checksums travel with the bytes. The same on all members.
+        moved: told how many bytes went out or came in.
     """
 
-    def __init__(self, generation: int, rank: int, size: int):
+    def __init__(
+        self,
+        generation: int,
+        rank: int,
+        size: int,
+        channel: int = 0,
+        checked: bool = False,
+        moved: Callable[[int], None] | None = None,
+    ):
         self.generation = generation
         self.rank = rank
         self.size = size
+        self.channel = channel
+        self.checked = checked
+        self.moved = moved
         self._peers: dict[int, socket.socket] = {}
+        self._listener: Listener | None = None  # while this mesh forms
         self._abandoned = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
         self._closing = threading.Lock()  # guards the descriptors against abandon() during close()
@@ -176,25 +203,53 @@ class Mesh:
         """All ranks but one's own."""
         return [r for r in range(self.size) if r != self.rank]
 
-    def form(
-        self, listener: Listener, secret: bytes, addresses: Sequence[Address], channel: int = 0, timeout_s: float = 30.0
-    ) -> None:
-        """Connect to all lower ranks and take the connections of all higher ones. ``addresses``: by rank."""
+    def form(self, listener: Listener, secret: bytes, addresses: Sequence[Address], timeout_s: float = 600.0) -> None:
+        """Connect to all lower ranks and take the connections of all higher ones. ``addresses``: by rank.
+
+        The time limit is long: a member may be late because it computes. Whoever knows better abandons the mesh.
+        """
         deadline = time.monotonic() + timeout_s
         listener.forget_before(self.generation)
-        hello = _HELLO.pack(_MAGIC, secret, self.generation, channel, self.rank)
-        for peer in range(self.rank):
-            try:
-                connection = socket.create_connection(addresses[peer], timeout=max(0.1, deadline - time.monotonic()))
-                self._adopt(peer, connection)
-                connection.sendall(hello)
-                connection.setblocking(False)
-            except OSError as error:
-                raise PeerLostError(peer, f"connecting failed: {error}") from error
+        self._listener = listener
+        self._connect(_HELLO.pack(_MAGIC, secret, self.generation, self.channel, self.rank), addresses, deadline)
         for peer in range(self.rank + 1, self.size):
-            connection = listener.take(Hello(self.generation, channel, peer), deadline, self._abandoned)
-            self._adopt(peer, connection)
-            connection.setblocking(False)
+            hello = Hello(self.generation, self.channel, peer)
+            self.attach(peer, listener.take(hello, deadline, self._abandoned))
+
+    def _connect(self, hello: bytes, addresses: Sequence[Address], deadline: float) -> None:
+        """Connect to all lower ranks at once, and introduce this member."""
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        waiting: dict[int, int] = {}  # descriptor -> peer
+        for peer in range(self.rank):
+            connection = socket.socket(socket.AF_INET6 if ":" in addresses[peer][0] else socket.AF_INET)
+            self.attach(peer, connection)
+            connection.connect_ex(addresses[peer])  # how it went shows when it becomes writable
+            poller.register(connection, select.POLLOUT)
+            waiting[connection.fileno()] = peer
+        while waiting:
+            ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not ready:
+                raise PeerLostError(next(iter(waiting.values())), "connecting took too long", self.channel)
+            for descriptor, _ in ready:
+                if descriptor == self._wake_read:
+                    raise self._abandonment()
+                peer = waiting.pop(descriptor)
+                poller.unregister(descriptor)
+                if error := self._peers[peer].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    raise PeerLostError(peer, f"connecting failed: {os.strerror(error)}", self.channel)
+                try:
+                    self._peers[peer].sendall(hello)  # a fresh socket has room for it
+                except OSError as refused:
+                    raise PeerLostError(peer, f"connecting failed: {refused}", self.channel) from refused
+
+    def _abandonment(self) -> AbandonedError:
+        return AbandonedError(f"generation {self.generation} was abandoned")
+
+    def check(self) -> None:
+        """Raise `AbandonedError` where this mesh was abandoned."""
+        if self._abandoned.is_set():
+            raise self._abandonment()
 
     def _adopt(self, peer: int, connection: socket.socket) -> None:
         if connection.family != socket.AF_UNIX:
@@ -224,7 +279,7 @@ class Mesh:
             AbandonedError: `abandon` was called.
         """
         flows = {
-            peer: _Flow(peer, connection, sends.get(peer, ()), receives.get(peer, ()), received)
+            peer: _Flow(self, peer, connection, sends.get(peer, ()), receives.get(peer, ()), received)
             for peer, connection in self._peers.items()
         }
         poller = select.poll()
@@ -238,7 +293,7 @@ class Mesh:
         while waiting:
             for descriptor, ready in poller.poll():
                 if descriptor == self._wake_read:
-                    raise AbandonedError(f"generation {self.generation} was abandoned")
+                    raise self._abandonment()
                 flow = waiting[descriptor]
                 mask = flow.advance(ready)
                 if not mask:
@@ -247,8 +302,7 @@ class Mesh:
                 elif mask != flow.mask:
                     poller.modify(descriptor, mask)
                 flow.mask = mask
-        if self._abandoned.is_set():
-            raise AbandonedError(f"generation {self.generation} was abandoned")
+        self.check()
 
     def gather(self, payload: bytes | bytearray) -> list[bytes]:
         """Everybody's payload, by rank. All payloads must have the same length."""
@@ -271,6 +325,8 @@ class Mesh:
         with self._closing:
             if not self._closed:
                 os.write(self._wake_write, b"x")
+                if self._listener is not None:
+                    self._listener.wake()
 
     def close(self) -> None:
         """Close all connections; peers that still wait for us see `PeerLostError`."""
@@ -289,6 +345,7 @@ class _Flow:
 
     def __init__(
         self,
+        mesh: Mesh,
         peer: int,
         connection: socket.socket,
         sends: Buffers,
@@ -298,11 +355,16 @@ class _Flow:
         self.peer = peer
         self.connection = connection
         self.mask = select.POLLIN | select.POLLOUT
+        self._mesh = mesh
         self._out = [_bytes(b) for b in sends]
         self._in = [_bytes(b) for b in receives]
+        self._last = len(self._in)  # buffers that were asked for; what comes after is the checksum
         self._received = received
         self._out_at = self._in_at = 0  # the buffer at work
         self._out_done = self._in_done = 0  # bytes of it that are done
+        if mesh.checked:
+            self._out += [memoryview(_checksum(self._out))] if sends else []
+            self._in += [memoryview(bytearray(_CHECKSUM.size))] if receives else []
 
     def advance(self, ready: int) -> int:
         """Do what can be done without waiting. Returns the poll events that are still needed, 0 when all is done."""
@@ -312,7 +374,7 @@ class _Flow:
             if ready & (select.POLLOUT | select.POLLHUP | select.POLLERR):
                 self._send()
         except OSError as error:
-            raise PeerLostError(self.peer, str(error)) from error
+            raise PeerLostError(self.peer, str(error), self._mesh.channel) from error
         needs_in = select.POLLIN if self._in_at < len(self._in) else 0
         needs_out = select.POLLOUT if self._out_at < len(self._out) else 0
         return needs_in | needs_out
@@ -322,9 +384,11 @@ class _Flow:
             view = self._out[self._out_at]
             while self._out_done < len(view):
                 try:
-                    self._out_done += self.connection.send(view[self._out_done :])
+                    count = self.connection.send(view[self._out_done :])
                 except BlockingIOError:
                     return
+                self._out_done += count
+                self._moved(count)
             self._out_at, self._out_done = self._out_at + 1, 0
 
     def _receive(self) -> None:
@@ -336,12 +400,26 @@ class _Flow:
                 except BlockingIOError:
                     return
                 if count == 0:
-                    raise PeerLostError(self.peer, "it left")
+                    raise PeerLostError(self.peer, "it left", self._mesh.channel)
                 self._in_done += count
+                self._moved(count)
             index = self._in_at
             self._in_at, self._in_done = index + 1, 0
-            if self._received is not None:
+            if index == self._last and self._in[index] != _checksum(self._in[:index]):
+                raise GarbledError(self.peer, "bytes arrived otherwise than they were sent", self._mesh.channel)
+            if self._received is not None and index < self._last:
                 self._received(self.peer, index)
+
+    def _moved(self, count: int) -> None:
+        if self._mesh.moved is not None:
+            self._mesh.moved(count)
+
+
+def _checksum(buffers: Buffers) -> bytes:
+    total = 0
+    for buffer in buffers:
+        total = zlib.crc32(buffer, total)
+    return _CHECKSUM.pack(total)
 
 
 def _bytes(buffer: memoryview) -> memoryview:

@@ -21,6 +21,8 @@ from ray_dnn.engine.rng import generator, seed_everything
 from ray_dnn.engine.state import TrainingState
 from ray_dnn.errors import ConfigError, RayDnnError, UserCodeError
 from ray_dnn.ledger import row_checksum
+from ray_dnn.marks import Marks
+from ray_dnn.phases import Phase
 from ray_dnn.strategies.base import Strategy, WorkerState
 
 T = TypeVar("T")
@@ -73,6 +75,7 @@ class Contributor:
         self.state = state
         self.strategy = strategy
         self.source = source
+        self.marks = Marks()
         self.layouts: dict[str, Layout] = {}
         for phase in state.phases:
             state.phase = phase
@@ -96,7 +99,8 @@ class Contributor:
         place = (state.config.seed, state.step, state.phases.index(state.phase), worker)
         where = f"agent {agent or '?'}, step {state.step}, virtual worker {worker}"
         seed_everything("collate", state.config.seed, state.step, worker)
-        batches = guarded(f"collate, {where}", lambda: self.source.batches(state.step, worker))
+        with self.marks.during(Phase.READING):
+            batches = guarded(f"collate, {where}", lambda: self.source.batches(state.step, worker))
         ids = [int(i) for batch in batches for i in batch.row_ids]
         where += f", rows {_short(ids)}"
         seed_everything("contribute", *place)

@@ -6,7 +6,7 @@ agent; the results are gathered and added in the order of the pieces in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,10 @@ from ray_dnn.engine.contribute import guarded
 from ray_dnn.engine.loss import Pairs, as_pairs
 from ray_dnn.engine.rng import generator, seed_everything
 from ray_dnn.engine.state import TrainingState
+from ray_dnn.marks import Marks
+from ray_dnn.phases import Phase
+
+Together = Callable[[Callable[[], list[bytes]]], list[bytes]]
 
 
 class Evaluator:
@@ -32,25 +36,30 @@ class Evaluator:
         config = state.config
         self._piece = -(-config.batch_size // config.virtual_workers)
 
-    def run(self, mesh: Mesh) -> dict[str, float]:
-        """Metrics of all datasets, named ``dataset/metric``. Called by all members of the mesh together."""
+    def run(self, mesh: Mesh, marks: Marks, together: Together) -> dict[str, float]:
+        """Metrics of all datasets, named ``dataset/metric``. Called by all members of the mesh together.
+
+        ``together`` runs what may fail by the loss of a peer.
+        """
         state = self._state
         state.model.eval()
         try:
             with torch.no_grad(), state.autocast():
-                results = {name: self._dataset(name, mesh) for name in self._readers}
+                results = {name: self._dataset(name, mesh, marks, together) for name in self._readers}
         finally:
             state.model.train()
             state.buffers.restore()
         return {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
 
-    def _dataset(self, name: str, mesh: Mesh) -> dict[str, float]:
+    def _dataset(self, name: str, mesh: Mesh, marks: Marks, together: Together) -> dict[str, float]:
         reader, rows = self._readers[name]
         pieces = -(-rows // self._piece)
         begin, end = pieces * mesh.rank // mesh.size, pieces * (mesh.rank + 1) // mesh.size
-        mine = [self._compute(name, reader, piece, rows) for piece in range(begin, end)]
+        mine = [self._compute(name, reader, piece, rows, marks) for piece in range(begin, end)]
         everyone: list[Pairs] = []
-        for raw in mesh.gather_variable(codec.encode(mine)):
+        with marks.during(Phase.GATHERING):
+            gathered = together(lambda: mesh.gather_variable(codec.encode(mine)))
+        for raw in gathered:
             everyone += codec.decode(raw)
         sums: dict[str, tuple[float, float]] = {}
         for pairs in everyone:
@@ -59,7 +68,7 @@ class Evaluator:
                 sums[key] = (have[0] + total, have[1] + weight)
         return {key: total / weight if weight else float("nan") for key, (total, weight) in sums.items()}
 
-    def _compute(self, name: str, reader: TableReader, piece: int, rows: int) -> Pairs:
+    def _compute(self, name: str, reader: TableReader, piece: int, rows: int, marks: Marks) -> Pairs:
         state = self._state
         ids = np.arange(piece * self._piece, min(rows, (piece + 1) * self._piece), dtype=np.int64)
         evaluate = state.spec.evaluate
@@ -71,5 +80,6 @@ class Evaluator:
             batch: Any = align(self._collate(table, rng))
             return as_pairs(evaluate(state.model, batch), len(ids), "evaluate")
 
-        table: pa.Table = reader.rows(ids)
+        with marks.during(Phase.READING):
+            table: pa.Table = reader.rows(ids)
         return guarded(f"evaluate, dataset {name!r}, rows {ids[0]}..{ids[-1]}, step {state.step}", call)

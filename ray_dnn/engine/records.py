@@ -34,18 +34,20 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Report:
+class Header:
     """What one replica says about itself.
 
     Attributes:
         held: the newest decision of the driver that it holds.
         seconds: that it computed in this step.
         records: one for each of its virtual workers.
+        sums: for the audit; as many as the format says.
     """
 
     held: int
     seconds: float
     records: NDArray[np.void]
+    sums: tuple[int, ...] = ()
 
 
 class RecordFormat:
@@ -55,7 +57,15 @@ class RecordFormat:
     weight each), and bitmaps: touched parameters, changed float buffers, changed other buffers.
     """
 
-    def __init__(self, vector: Sequence[str], floats: Sequence[str], others: Sequence[str], metrics: Sequence[str]):
+    def __init__(
+        self,
+        vector: Sequence[str],
+        floats: Sequence[str],
+        others: Sequence[str],
+        metrics: Sequence[str],
+        sums: int = 0,
+    ):
+        self._sums = struct.Struct(f"<{sums}q")
         self.vector, self.floats, self.others, self.metrics = list(vector), list(floats), list(others), sorted(metrics)
         self.dtype = np.dtype(
             [
@@ -73,7 +83,11 @@ class RecordFormat:
 
     def size(self, workers: int) -> int:
         """Bytes of a header with this many records."""
-        return _PLACE.size + _REPORT.size + workers * self.dtype.itemsize
+        return self._before + workers * self.dtype.itemsize
+
+    @property
+    def _before(self) -> int:
+        return _PLACE.size + _REPORT.size + self._sums.size
 
     def empty(self) -> NDArray[np.void]:
         """The record of a worker without rows. Shape: (1,)."""
@@ -88,11 +102,12 @@ class RecordFormat:
         for index, name in enumerate(self.metrics):
             record["metrics"][0, index] = pairs[name]
 
-    def pack(self, place: Place, report: Report) -> bytes:
+    def pack(self, place: Place, header: Header) -> bytes:
         head = _PLACE.pack(place.generation, place.step, place.phase, place.plan, place.layout)
-        return head + _REPORT.pack(report.held, report.seconds) + report.records.tobytes()
+        report = _REPORT.pack(header.held, header.seconds)
+        return head + report + self._sums.pack(*header.sums) + header.records.tobytes()
 
-    def unpack(self, data: bytes, place: Place, peer: int) -> Report:
+    def unpack(self, data: bytes, place: Place, peer: int) -> Header:
         """Read a peer's header.
 
         Raises:
@@ -102,7 +117,8 @@ class RecordFormat:
         if theirs != place:
             raise ProtocolError(f"replica {peer} is at {theirs}, but this one is at {place}")
         held, seconds = _REPORT.unpack_from(data, _PLACE.size)
-        return Report(held, seconds, np.frombuffer(data, self.dtype, offset=_PLACE.size + _REPORT.size))
+        sums = self._sums.unpack_from(data, _PLACE.size + _REPORT.size)
+        return Header(held, seconds, np.frombuffer(data, self.dtype, offset=self._before), sums)
 
     def sum_metrics(self, records: NDArray[np.void]) -> dict[str, float]:
         """Means over all workers, added in the order of workers. Names whose weight is 0 are NaN."""

@@ -3,118 +3,116 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ray_dnn.comm.exchange import TreeExchange, Vector
-from ray_dnn.comm.mesh import Mesh
+from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
+from ray_dnn.config import Audit
 from ray_dnn.engine import codec, unmoved
+from ray_dnn.engine.audit import Auditor
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
 from ray_dnn.engine.evaluate import Evaluator
-from ray_dnn.engine.records import NONFINITE_GRADIENT, Place, RecordFormat, Report
+from ray_dnn.engine.folding import Folding
+from ray_dnn.engine.records import NONFINITE_GRADIENT, Header, Place, RecordFormat
+from ray_dnn.engine.reports import EvaluationReport, Joined, StepReport
 from ray_dnn.engine.rng import seed_everything
+from ray_dnn.engine.round import Round
 from ray_dnn.engine.worker_states import WorkerStates
 from ray_dnn.errors import NonFiniteError
+from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup
+from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
 from ray_dnn.strategies.base import Combined
-from ray_dnn.tree import Node, fold
+from ray_dnn.tree import Node
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What is known about a committed step; the same on every agent, but for the times.
-
-    Attributes:
-        step: its number, from 0.
-        generation: that committed it.
-        metrics: means over the whole batch; "loss" among them.
-        rows: used in the step, and by each virtual worker (``worker_rows``), with checksums of the row numbers.
-        skipped: why nothing was updated, or None.
-        held: the newest decision that every replica held.
-        compute_s, exchange_s: of this agent.
-        speeds: contributions per second, by replica.
-        began: when it began, in seconds since the epoch.
-        evaluation: metrics of an evaluation after this step, or None.
-        time: when it was committed, in seconds since the epoch.
-    """
-
-    step: int
-    generation: int
-    metrics: dict[str, float]
-    rows: int
-    worker_rows: tuple[int, ...]
-    worker_digests: tuple[int, ...]
-    skipped: str | None
-    held: int
-    compute_s: float
-    exchange_s: float
-    speeds: tuple[float, ...]
-    began: float
-    evaluation: dict[str, float] | None = None
-    time: float = field(default_factory=time.time)
-
-
-@dataclass
-class _Round:
-    """The result of one phase's exchange.
+class Position(NamedTuple):
+    """How far an agent's committed state is. Agents of one generation differ by at most one of either.
 
     Attributes:
-        records: of all virtual workers.
-        weight: the sum of theirs.
-        held: the newest decision that every replica holds.
-        seconds: computed by each replica.
-        floats: names of the float buffers that changed; their sums are in the engine's ``_buffer_sums``.
-        values: new values of the other buffers that changed.
+        commits: phases of steps that were applied.
+        evaluations: that were made.
     """
 
-    records: NDArray[np.void]
-    weight: float
-    held: int
-    seconds: list[float]
-    exchange_s: float
-    floats: set[str]
-    values: dict[str, torch.Tensor]
+    commits: int
+    evaluations: int
 
 
 class Engine:
     """Runs steps of one replica (of one rank of it) inside a generation.
 
+    A step is committed phase by phase. What a phase's exchange gave (`last`) is kept until the next one has completed,
+    so that an agent that has committed can give it to one that has not. Whatever an exchange raises, the committed
+    state is as it was before, and the same phase can be computed again, in another generation.
+
     Attributes:
         contributor: computes contributions.
         states: of virtual workers.
+        history: evaluations so far; the same on every agent.
+        last: the result of the last phase that was committed.
+        partial: metrics and skips of the phases of the present step that are committed; the same on every agent.
     """
 
     def __init__(
-        self, contributor: Contributor, evaluator: Evaluator | None, group: ReplicaGroup, metrics: dict[str, list[str]]
+        self,
+        contributor: Contributor,
+        evaluator: Evaluator | None,
+        group: ReplicaGroup,
+        metrics: dict[str, list[str]],
+        marks: Marks | None = None,
+        audit: Audit | None = None,
     ):
         state = contributor.state
         self.contributor = contributor
         self.state = state
         self.states = WorkerStates(contributor.strategy, state)
+        self.marks = contributor.marks = marks or Marks()
+        self.history: list[dict[str, float]] = []
+        self.last: Round | None = None
+        self.partial: dict[str, Any] = _nothing()
         self._evaluator = evaluator
         self._group = group
+        self._auditor = Auditor(audit, contributor, self.states) if audit else None
+        self._folding = Folding(contributor, self.states, self._finished)
         self._formats = {
             phase: RecordFormat(
-                list(contributor.layouts[phase].slots), state.buffers.floats, state.buffers.others, metrics[phase]
+                list(contributor.layouts[phase].slots),
+                state.buffers.floats,
+                state.buffers.others,
+                metrics[phase],
+                self._auditor.count if self._auditor else 0,
             )
             for phase in state.phases
         }
-        # Two vectors in turn: a combined vector stays as it is until the next exchange has completed.
-        self._combined = {phase: [contributor.layouts[phase].zeros() for _ in range(2)] for phase in state.phases}
+        # A spare one to combine into, and the one that `last` refers to, which stays as it is meanwhile.
+        self._vectors = {phase: [contributor.layouts[phase].zeros() for _ in range(2)] for phase in state.phases}
         self._buffer_sums = state.buffers.layout.zeros()
-        self._free: dict[str, list[Leaf]] = {phase: [] for phase in state.phases}
         self._checked = False  # whether the state was found to be movable after an update
-        self.history: list[dict[str, float]] = []  # evaluations so far; the same on every agent
+        self._clock = _Clock()
+        self.joined: Joined | None = None
 
-    def enter(self, generation: int, mesh: Mesh, plan: Plan, names: tuple[str, ...]) -> None:
-        """Take a place in a generation. ``names``: of the agents at this rank, by replica."""
-        self.generation, self.mesh, self.plan, self._names = generation, mesh, plan, names
-        self._exchange = TreeExchange(mesh, plan)
-        self.states.lay(mesh, plan)
+    def enter(self, generation: int, mesh: Mesh, plan: Plan, members: tuple[str, ...]) -> None:
+        """Take a place in a generation. ``members``: the names of the agents at this rank, by replica."""
+        self.generation, self.mesh, self.plan, self._members = generation, mesh, plan, members
+        self._exchange = TreeExchange(mesh, plan, self.marks)
+
+    @property
+    def position(self) -> Position:
+        state = self.state
+        return Position(state.step * len(state.phases) + state.phases.index(state.phase), len(self.history))
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no phase of the present step is committed."""
+        return self.state.phase == self.state.phases[0]
 
     @property
     def finished(self) -> bool:
@@ -124,98 +122,99 @@ class Engine:
         stop = self.state.spec.stop
         return bool(self.history and stop and guarded("stop", lambda: stop([dict(h) for h in self.history])))
 
-    def step(self, held: int) -> StepReport:
-        """Compute, combine and commit one step. ``held``: the newest decision of the driver that this agent holds."""
-        state, step = self.state, self.state.step
-        held = self._group.minimum(held)
-        self.contributor.source.prefetch(step + 1, self.plan.hosted(self.mesh.rank))
-        metrics: dict[str, float] = {}
-        skipped: list[str] = []
-        exchange_s = 0.0
-        began, started = time.time(), time.perf_counter()
-        for phase in state.phases:
-            state.phase = phase
-            round_ = self._combine(held)
-            exchange_s += round_.exchange_s
-            metrics |= self._metrics(round_)
-            if reason := self._apply(round_):
-                skipped.append(reason)
-        state.phase = state.phases[0]
-        self._after_update(step)
-        state.step = step + 1
-        seconds = time.perf_counter() - started
-        return StepReport(
-            step=step,
-            generation=self.generation,
-            metrics=metrics,
-            rows=int(round_.records["rows"].sum()),
-            worker_rows=tuple(int(n) for n in round_.records["rows"]),
-            worker_digests=tuple(int(n) for n in round_.records["digest"]),
-            skipped="; ".join(skipped) or None,
-            held=round_.held,
-            compute_s=seconds - exchange_s,
-            exchange_s=exchange_s,
-            speeds=tuple(len(self.plan.hosted(r)) / max(s, 1e-6) for r, s in enumerate(round_.seconds)),
-            began=began,
-            evaluation=self._evaluate(),
-        )
+    def advance(self, held: int) -> StepReport | None:
+        """Compute, combine and commit one phase of the present step. Returns the report when the step is complete.
+
+        ``held``: the newest decision of the driver that this agent holds.
+
+        Raises:
+            PeerLostError, AbandonedError: the generation is over. Nothing has changed.
+            ConvictedError: replicas compute wrongly. Nothing has changed.
+        """
+        self._clock.start()
+        if self.at_boundary:
+            self.contributor.source.prefetch(self.state.step + 1, self.plan.hosted(self.mesh.rank))
+        header, folded = self._contribute(self._group.minimum(held))
+        round_ = self.together(lambda: self._combine(header, folded))
+        return self.commit(round_)
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Do what may fail by the loss of a peer; where it fails on one agent of the replica, it fails on all."""
+        if self._group.size == 1:
+            return call()
+        try:
+            result = call()
+        except (PeerLostError, AbandonedError):
+            self._group.minimum(0)
+            raise
+        if not self._group.minimum(1):
+            raise AbandonedError("another agent of this replica lost its connections")
+        return result
 
     # -- contribute --------------------------------------------------------------------------------------------------
 
-    def _combine(self, held: int) -> _Round:
-        """Contribute for every hosted worker of this phase and sum over all."""
+    def _contribute(self, held: int) -> tuple[Header, dict[Node, Leaf]]:
+        """Compute and fold the contributions of every hosted worker."""
         state, plan, rank = self.state, self.plan, self.mesh.rank
-        phase = state.phase
-        form = self._formats[phase]
-        given: dict[int, Given] = {}
+        tick = (state.step, state.phases.index(state.phase))
+        self.marks.enter(Phase.COMPUTING, state.step)
         started = time.perf_counter()
-        folded = {node: self._fold(node, given) for node in plan.cover(rank)}
-        computed = time.perf_counter()
-        packed = {w: self.states.pack(g.worker_state) for w, g in given.items()}
-        records = np.concatenate([to_record(form, given[w], len(packed[w])) for w in plan.hosted(rank)])
-        layout = self.contributor.layouts[phase]
+        folded = self._folding.fold(tick, plan.cover(rank), self._members[rank], self._begin)
+        seconds = time.perf_counter() - started
+        given = self._folding.given
+        form = self._formats[state.phase]
+        self._packed = {w: self.states.pack(given[w].worker_state) for w in plan.hosted(rank)}
+        records = np.concatenate([to_record(form, given[w], len(self._packed[w])) for w in plan.hosted(rank)])
+        sums = self._auditor.sums(self.mesh, plan) if self._auditor else ()
+        return Header(held, seconds, records, sums), folded
+
+    def _begin(self, worker: int) -> None:
+        """A contribution begins: a good moment to leave. The agents of a larger replica cannot leave one by one."""
+        if self._group.size == 1:
+            self.mesh.check()
+
+    def _finished(self, worker: int, given: Given, leaf: Leaf) -> None:
+        if self._auditor:
+            self._auditor.finished(worker, given, leaf)
+
+    # -- combine -----------------------------------------------------------------------------------------------------
+
+    def _combine(self, header: Header, folded: dict[Node, Leaf]) -> Round:
+        """Sum over all workers. Changes nothing but spare memory."""
+        state, plan = self.state, self.plan
+        phase = state.phase
+        form, layout = self._formats[phase], self.contributor.layouts[phase]
+        started = time.perf_counter()
         place = Place(self.generation, state.step, state.phases.index(phase), plan.number, layout.hash)
-        header = form.pack(place, Report(held, computed - started, records))
         sizes = [form.size(len(plan.hosted(r))) for r in range(plan.replicas)]
-        self._combined[phase].reverse()
-        out = self._combined[phase][0]
+        headers: list[Header] = []
+
+        def between(raw: list[bytes]) -> None:
+            headers.extend(form.unpack(data, place, r) for r, data in enumerate(raw))
+            if self._auditor:
+                self._auditor.compare(self.mesh, plan, [h.sums for h in headers])
+            # Before the second phase, so that whoever commits knows that every new state has reached its holders.
+            self.states.exchange(self._packed, np.concatenate([h.records["state_bytes"] for h in headers]))
+
         vectors = {node: leaf.vector for node, leaf in folded.items()}
-        headers = self._exchange.combine(header, sizes, vectors, out)
-        reports = [form.unpack(raw, place, r) for r, raw in enumerate(headers)]
-        everyone = np.concatenate([r.records for r in reports])
-        floats, values = self._combine_buffers(form, everyone, folded, given)
-        self.states.exchange(packed, everyone["state_bytes"])
-        for leaf in folded.values():
-            self._free[phase].append(leaf)
-        return _Round(
-            records=everyone,
-            weight=sum(float(w) for w in everyone["weight"]),
-            held=min(r.held for r in reports),
-            seconds=[r.seconds for r in reports],
-            exchange_s=time.perf_counter() - computed,
+        self._exchange.combine(form.pack(place, header), sizes, vectors, self._vectors[phase][0], between)
+        records = np.concatenate([h.records for h in headers])
+        floats, values = self._combine_buffers(form, records, folded, self._folding.given)
+        self._clock.exchanged(time.perf_counter() - started)
+        return Round(
+            phase=phase,
+            records=records,
+            weight=sum(float(w) for w in records["weight"]),
+            held=min(h.held for h in headers),
+            seconds=[h.seconds for h in headers],
+            hosted=[len(plan.hosted(r)) for r in range(plan.replicas)],
+            members=self._members,
+            generation=self.generation,
+            vector=self._vectors[phase][0],
             floats=floats,
+            buffer_sums=self._buffer_sums,
             values=values,
         )
-
-    def _fold(self, node: Node, given: dict[int, Given]) -> Leaf:
-        free = self._free[self.state.phase]
-
-        def known(part: Node) -> Leaf | None:
-            if not part.is_leaf:
-                return None
-            leaf = free.pop() if free else self.contributor.new_leaf(self.state.phase)
-            worker = part.start
-            given[worker] = self.contributor.contribute(
-                worker, self.states.of(worker), leaf, self._names[self.mesh.rank]
-            )
-            return leaf
-
-        def add(left: Leaf, right: Leaf) -> Leaf:
-            left.add(right)
-            free.append(right)
-            return left
-
-        return fold(node, known, add)
 
     @torch.no_grad()
     def _combine_buffers(
@@ -245,12 +244,60 @@ class Engine:
         self.mesh.exchange({}, {host: [codec.tensor_bytes(value)]})
         return value
 
-    # -- apply -------------------------------------------------------------------------------------------------------
+    # -- commit ------------------------------------------------------------------------------------------------------
 
-    def _apply(self, round_: _Round) -> str | None:
-        """Apply the combined result of a phase. Returns why nothing was updated, or None."""
-        state, records = self.state, round_.records
-        layout, out = self.contributor.layouts[state.phase], self._combined[state.phase][0]
+    def spare(self, phase: str) -> Vector:
+        """The vector that the next result of a phase goes to."""
+        return self._vectors[phase][0]
+
+    def commit(self, round_: Round) -> StepReport | None:
+        """Apply a phase's result, one's own or one that another agent sent. Returns the report of a complete step."""
+        state = self.state
+        self.marks.enter(Phase.COMBINED)
+        self._vectors[round_.phase].reverse()
+        if round_.buffer_sums is not self._buffer_sums:
+            for mine, theirs in zip(self._buffer_sums, round_.buffer_sums, strict=True):
+                mine.copy_(theirs)
+        self.marks.enter(Phase.APPLYING)
+        reason = self._apply(round_)
+        self._folding.clear()
+        self.last = round_
+        self.partial["metrics"] |= self._metrics(round_)
+        self.partial["skipped"] += [reason] if reason else []
+        following = state.phases.index(state.phase) + 1
+        if following < len(state.phases):
+            state.phase = state.phases[following]
+            return None
+        state.phase = state.phases[0]
+        self._after_update(state.step)
+        state.step += 1
+        return self._report(round_)
+
+    def _report(self, round_: Round) -> StepReport:
+        partial, self.partial = self.partial, _nothing()
+        began, compute_s, exchange_s = self._clock.stop()
+        return StepReport(
+            serial=self.state.step + len(self.history),
+            step=self.state.step - 1,
+            generation=round_.generation,
+            members=round_.members,
+            metrics=partial["metrics"],
+            rows=int(round_.records["rows"].sum()),
+            worker_rows=tuple(int(n) for n in round_.records["rows"]),
+            worker_digests=tuple(int(n) for n in round_.records["digest"]),
+            skipped="; ".join(partial["skipped"]) or None,
+            held=round_.held,
+            compute_s=compute_s,
+            exchange_s=exchange_s,
+            speeds=tuple(n / max(s, 1e-6) for n, s in zip(round_.hosted, round_.seconds, strict=True)),
+            began=began,
+            joined=self.joined,
+        )
+
+    def _apply(self, round_: Round) -> str | None:
+        """Update the committed state. Returns why nothing was updated, or None."""
+        state, records, out = self.state, round_.records, round_.vector
+        layout = self.contributor.layouts[state.phase]
         overflow = self._nonfinite(round_, out)
         if state.loss_scale is not None:
             gradient_overflow = overflow is not None and not (records["flags"] & ~NONFINITE_GRADIENT).any()
@@ -273,13 +320,13 @@ class Engine:
         self.states.commit()
         return None
 
-    def _nonfinite(self, round_: _Round, out: Vector) -> str | None:
+    def _nonfinite(self, round_: Round, out: Vector) -> str | None:
         """Which contributions were not finite, in words that are the same on every agent but for names of hosts."""
         records = round_.records
         bad = [int(w) for w in np.flatnonzero(records["flags"])]
         if bad:
             what = [
-                f"virtual worker {w} on {self._names[self.plan.host(w)]}, "
+                f"virtual worker {w} on {self._members[self.plan.host(w)]}, "
                 f"{int(records['rows'][w])} rows from {self._first_rows(w)}: "
                 + ("gradient" if records["flags"][w] & NONFINITE_GRADIENT else "loss")
                 for w in bad
@@ -293,7 +340,7 @@ class Engine:
         ids = [int(i) for part in self.contributor.source.row_ids(self.state.step, worker) for i in part]
         return str(ids[:8])[:-1] + (", …]" if len(ids) > 8 else "]")
 
-    def _metrics(self, round_: _Round) -> dict[str, float]:
+    def _metrics(self, round_: Round) -> dict[str, float]:
         means = self._formats[self.state.phase].sum_metrics(round_.records)
         if len(self.state.phases) == 1:
             return means
@@ -316,16 +363,79 @@ class Engine:
             codec.check(state.export())
             self._checked = True
 
-    def _evaluate(self) -> dict[str, float] | None:
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def form(self) -> RecordFormat:
+        """The format of this phase's records."""
+        return self._formats[self.state.phase]
+
+    def export(self) -> codec.Tree:
+        """Everything that is committed but the states of virtual workers, as a tree."""
+        state = self.state
+        return {"state": state.export(), "phase": state.phase, "partial": self.partial, "history": self.history}
+
+    def load(self, tree: codec.Tree) -> None:
+        """Take over what another agent exported."""
+        self.state.load(tree["state"])
+        self.state.phase, self.partial = tree["phase"], tree["partial"]
+        self.history[:] = tree["history"]
+        self.states.clear()
+        self._folding.clear()
+
+    # -- evaluate ----------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation comes before the next step."""
         every, done = self.state.config.evaluate_every, self.state.step
         last = done >= self.contributor.source.schedule.total_steps
-        return self.finish() if last or (every is not None and done % every == 0) else None
+        return self.at_boundary and done > 0 and (last or (every is not None and done % every == 0)) and self.news
 
-    def finish(self) -> dict[str, float] | None:
-        """Evaluate now, unless that was done at this very step. None where there is nothing (new) to say."""
-        done = float(self.state.step)
-        if self._evaluator is None or (self.history and self.history[-1]["step"] == done):
-            return None
-        metrics = self._evaluator.run(self.mesh)
-        self.history.append({"step": done} | metrics)
-        return metrics
+    @property
+    def news(self) -> bool:
+        """Whether an evaluation now would say something new."""
+        evaluated = bool(self.history) and self.history[-1]["step"] == self.state.step
+        return self._evaluator is not None and not evaluated
+
+    def evaluate(self) -> EvaluationReport:
+        """Evaluate the committed state."""
+        assert self._evaluator is not None
+        self.marks.enter(Phase.EVALUATING, self.state.step)
+        metrics = self._evaluator.run(self.mesh, self.marks, self.together)
+        return self.evaluated({"step": float(self.state.step)} | metrics)
+
+    def evaluated(self, entry: dict[str, float]) -> EvaluationReport:
+        """Take note of an evaluation, one's own or one that another agent sent."""
+        self.history.append(entry)
+        metrics = {name: value for name, value in entry.items() if name != "step"}
+        return EvaluationReport(self.state.step + len(self.history), self.state.step, metrics)
+
+
+class _Clock:
+    """Where the time of a step went on this agent."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._started: float | None = None  # None between two steps
+        self._exchanged = 0.0
+
+    def start(self) -> None:
+        if self._started is None:
+            self._began, self._started, self._exchanged = time.time(), time.perf_counter(), 0.0
+
+    def exchanged(self, seconds: float) -> None:
+        self._exchanged += seconds
+
+    def stop(self) -> tuple[float, float, float]:
+        """When the step began, and its seconds of computing and of exchanging."""
+        self.start()
+        assert self._started is not None
+        seconds = time.perf_counter() - self._started
+        self._started = None
+        return self._began, seconds - self._exchanged, self._exchanged
+
+
+def _nothing() -> dict[str, Any]:
+    """`Engine.partial` at the beginning of a step."""
+    return {"metrics": {}, "skipped": []}

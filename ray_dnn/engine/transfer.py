@@ -1,37 +1,131 @@
-"""Copying committed state from an agent that runs to one that joins."""
+"""How the members of a new generation come to the same committed state.
+
+Those who run have committed the same, but for one thing at most: an agent that died in the middle of an exchange may
+have completed it with some and not with others. Whoever is behind receives what the others *combined* and applies it
+itself; nobody who has state is ever given another's. Only newcomers copy state, and only after everybody else has
+caught up, so that whoever dies meanwhile takes nothing with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from ray_dnn.comm.mesh import Mesh
+from ray_dnn.comm.mesh import GarbledError, Mesh
 from ray_dnn.engine import codec
-from ray_dnn.engine.step import Engine
+from ray_dnn.engine.reports import Report, from_tree, to_tree
+from ray_dnn.engine.round import Round
+from ray_dnn.engine.step import Engine, Position
 from ray_dnn.errors import ProtocolError
+from ray_dnn.phases import Phase
 
 _HEAD = struct.Struct("!q32s")
+_POSITION = struct.Struct("!qqq")
 
 
-def send_state(mesh: Mesh, engine: Engine, newcomers: tuple[int, ...]) -> None:
-    """Send the committed state and the evaluations so far to newcomers, to all at once."""
-    if not newcomers:
-        return
-    data = codec.encode({"state": engine.state.export(), "history": engine.history})
+@dataclass(frozen=True)
+class Roles:
+    """Who gives what to whom.
+
+    Attributes:
+        source: the replica that gives.
+        behind: replicas that lack one commit or one evaluation.
+        newcomers: replicas without state.
+    """
+
+    source: int
+    behind: tuple[int, ...] = ()
+    newcomers: tuple[int, ...] = ()
+
+
+def roles(positions: Sequence[Position | None]) -> Roles:
+    """The roles of replicas at these positions; None: a newcomer.
+
+    Raises:
+        ProtocolError: positions that cannot be.
+    """
+    there = [p for p in positions if p is not None]
+    if not there:
+        raise ProtocolError("nobody holds the state")
+    newest = max(there)
+    for position in there:
+        lacks = newest.commits - position.commits, newest.evaluations - position.evaluations
+        if lacks not in ((0, 0), (1, 0), (0, 1)):
+            raise ProtocolError(f"agents of one run are at {positions}")
+    return Roles(
+        source=positions.index(newest),
+        behind=tuple(r for r, p in enumerate(positions) if p is not None and p != newest),
+        newcomers=tuple(r for r, p in enumerate(positions) if p is None),
+    )
+
+
+def agree(
+    mesh: Mesh, engine: Engine, holds: bool, pending: Callable[[], list[Report]], report: Callable[[Report], None]
+) -> None:
+    """Bring all members of a mesh to the newest position.
+
+    Args:
+        holds: whether this agent has committed state; False for a newcomer.
+        pending: this agent's reports that the driver may not have yet.
+        report: takes reports that this agent owes the driver now too.
+    """
+    mine = _POSITION.pack(holds, *engine.position)
+    said = [_POSITION.unpack(raw) for raw in mesh.gather(mine)]
+    who = roles([Position(*position) if has else None for has, *position in said])
+    if who.behind:
+        engine.marks.enter(Phase.COPYING)
+        _catch_up(mesh, engine, who, report)
+        mesh.gather(b"\0")  # nobody lets a newcomer take its attention before all have caught up
+    if who.newcomers:
+        engine.marks.enter(Phase.COPYING)
+        _copy(mesh, engine, who, pending, report)
+
+
+def _catch_up(mesh: Mesh, engine: Engine, who: Roles, report: Callable[[Report], None]) -> None:
+    if mesh.rank == who.source:
+        tree = {"round": engine.last.to_tree() if engine.last else None, "history": engine.history}
+        _send(mesh, who.behind, codec.encode(tree))
+    elif mesh.rank in who.behind:
+        tree = codec.decode(_receive(mesh, who.source))
+        if len(tree["history"]) > len(engine.history):
+            report(engine.evaluated(tree["history"][-1]))
+        else:
+            round_ = Round.from_tree(tree["round"], engine.form, engine.spare(tree["round"]["phase"]))
+            if (made := engine.commit(round_)) is not None:
+                report(made)
+
+
+def _copy(
+    mesh: Mesh,
+    engine: Engine,
+    who: Roles,
+    pending: Callable[[], list[Report]],
+    report: Callable[[Report], None],
+) -> None:
+    if mesh.rank == who.source:
+        reports = [to_tree(r) for r in pending()]
+        _send(mesh, who.newcomers, codec.encode({"engine": engine.export(), "reports": reports}))
+    elif mesh.rank in who.newcomers:
+        tree = codec.decode(_receive(mesh, who.source))
+        engine.load(tree["engine"])
+        for made in tree["reports"]:
+            report(from_tree(made))
+
+
+def _send(mesh: Mesh, to: Sequence[int], data: bytes) -> None:
     head = _HEAD.pack(len(data), hashlib.sha256(data).digest())
-    mesh.exchange({peer: [memoryview(head), memoryview(data)] for peer in newcomers}, {})
+    mesh.exchange({peer: [memoryview(head), memoryview(data)] for peer in to}, {})
 
 
-def receive_state(mesh: Mesh, engine: Engine, source: int) -> None:
-    """Take over the state that ``source`` sends; nothing is changed until its digest is verified."""
+def _receive(mesh: Mesh, source: int) -> bytearray:
+    """What ``source`` sends; nothing of it is used before its digest is verified."""
     head = bytearray(_HEAD.size)
     mesh.exchange({}, {source: [memoryview(head)]})
     length, digest = _HEAD.unpack(head)
     data = bytearray(length)
     mesh.exchange({}, {source: [memoryview(data)]})
     if hashlib.sha256(data).digest() != digest:
-        raise ProtocolError(f"the state that replica {source} sent arrived with other bytes")
-    tree = codec.decode(data)
-    engine.state.load(tree["state"])
-    engine.states.clear()
-    engine.history[:] = tree["history"]
+        raise GarbledError(source, "the state arrived with other bytes than it was sent")
+    return data

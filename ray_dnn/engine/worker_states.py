@@ -2,20 +2,24 @@
 
 *combined*: every agent holds everybody's state, so it survives and moves like the rest of the committed state.
 *mirrored*: a worker's state is held by its host and by one other agent, the host's successor. The new version reaches
-both before the exchange completes; it replaces the old one only when the step is committed.
+both before the exchange completes; it replaces the old one only when the step is committed. So whichever single agent
+dies, whenever it dies, each worker's state of the newest committed step is on an agent that lives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine import codec
 from ray_dnn.engine.state import TrainingState
+from ray_dnn.errors import AgentLostError
 from ray_dnn.plan import Plan
 from ray_dnn.strategies.base import WorkerState
 
@@ -33,19 +37,25 @@ def holders(plan: Plan, worker: int, kind: str) -> tuple[int, ...]:
     return (host, *(r for r in range(plan.replicas) if r != host))
 
 
-def moves(
-    kind: str, plan_before: Plan, before: Sequence[str], plan: Plan, now: Sequence[str]
-) -> dict[tuple[int, int], list[int]]:
-    """Which states must be copied when a plan follows another: (index in ``before``, index in ``now``) -> workers.
+def moves(kind: str, plan: Plan, held: Sequence[Collection[int]]) -> dict[tuple[int, int], list[int]]:
+    """Which states must be copied so that all holders under a plan have them: (from, to) -> workers.
 
-    ``before`` and ``now`` name the replicas of the two plans. Every present host is asked for what it hosts.
+    ``held``: the workers whose states each replica has.
+
+    Raises:
+        AgentLostError: a worker's host and its mirror were lost at once.
     """
     copies: dict[tuple[int, int], list[int]] = {}
     for worker in range(plan.workers):
-        had = holders(plan_before, worker, kind)
+        sources = [replica for replica, workers in enumerate(held) if worker in workers]
         for to in holders(plan, worker, kind):
-            if now[to] not in [before[holder] for holder in had]:
-                copies.setdefault((had[0], to), []).append(worker)
+            if not sources:
+                raise AgentLostError(
+                    f"The agents that held the state of virtual worker {worker}, its host and its mirror, were lost at "
+                    "once. Nothing else has it."
+                )
+            if to not in sources:
+                copies.setdefault((sources[0], to), []).append(worker)
     return copies
 
 
@@ -69,16 +79,29 @@ class WorkerStates:
         """Hold nothing: first states are not what a newcomer needs."""
         self._committed = {}
 
-    def lay(self, mesh: Mesh, plan: Plan) -> None:
-        """Take a place in a plan and let go of states that are not held under it."""
+    def settle(self, mesh: Mesh, plan: Plan) -> None:
+        """Take a place in a plan: receive the states that this agent is to hold, send those that others lack.
+
+        What is not held any more is let go of only at the next commit: until then others may need it.
+        """
         self._mesh, self._plan = mesh, plan
         self._next = {}
-        if self.kind != "none":
-            mine = [w for w in range(plan.workers) if mesh.rank in holders(plan, w, self.kind)]
-            missing = [w for w in mine if w not in self._committed]
-            if missing:
-                raise ValueError(f"the states of the virtual workers {missing} did not arrive")
-            self._committed = {w: self._committed[w] for w in mine}
+        if self.kind == "none":
+            return
+        mine = bytes(worker in self._committed for worker in range(plan.workers))
+        held = [{w for w, has in enumerate(raw) if has} for raw in mesh.gather(mine)]
+        copies = moves(self.kind, plan, held)
+        rank = mesh.rank
+        mine_to = {to: workers for (source, to), workers in copies.items() if source == rank}
+        outbox = {to: codec.encode([_raw(self._committed[w]) for w in workers]) for to, workers in mine_to.items()}
+        sizes = {to: struct.pack("<q", len(data)) for to, data in outbox.items()}
+        heads = {source: bytearray(8) for source, to in copies if to == rank}
+        mesh.exchange(_boxes(sizes), _boxes(heads))
+        inbox = {source: bytearray(struct.unpack("<q", head)[0]) for source, head in heads.items()}
+        mesh.exchange(_boxes(outbox), _boxes(inbox))
+        for source, data in inbox.items():
+            for worker, state in zip(copies[source, rank], codec.decode(data), strict=True):
+                self._committed[worker] = state.numpy().tobytes()
 
     def of(self, worker: int) -> WorkerState:
         """A worker's committed state, in memory of its own."""
@@ -108,13 +131,22 @@ class WorkerStates:
         self._next |= {worker: bytes(data) for worker, data in inbox.items()}
 
     def commit(self) -> None:
-        self._committed |= self._next
+        """The step is committed: its new versions replace the old ones."""
+        if self.kind != "none":
+            rank, plan = self._mesh.rank, self._plan
+            mine = [w for w in range(plan.workers) if rank in holders(plan, w, self.kind)]
+            self._committed |= self._next
+            self._committed = {w: self._committed[w] for w in mine}
         self._next = {}
 
     def export(self) -> dict[int, bytes]:
         """What this agent holds, encoded, by worker."""
         return dict(self._committed)
 
-    def take(self, states: Mapping[int, bytes]) -> None:
-        """Hold further states, as others exported them."""
-        self._committed |= states
+
+def _raw(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _boxes(data: Mapping[int, bytes | bytearray]) -> dict[int, list[memoryview]]:
+    return {peer: [memoryview(raw)] for peer, raw in data.items()}

@@ -1,0 +1,249 @@
+"""The driver's side of the watch over hung agents: a watcher on every node where there are agents, asked all the time.
+
+Everything here happens in the driver's loop. A watcher always owes an answer (`Watcher.look`, which takes a fraction of
+a second); a node whose watcher owes one for too long is silent, and its agents are given up with it. Silence is counted
+in the loop's own short ticks, and judged after what has arrived: a driver that was frozen itself hears of nobody
+for a while, which is nobody's silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_dnn.liveness import Patience, Sight, judge
+from ray_dnn.loop import Loop
+from ray_dnn.watcher import Watcher
+
+_LOOK_S = 0.5  # that a watcher takes for an answer when there is nothing new
+_TICK_S = 0.5
+_TICK_MAX_S = 1.0  # most that one tick counts, however late it comes
+_AGAIN_S = 1.0  # before a watcher that died is started again; then ever more rarely
+_AGAIN_MAX_S = 60.0
+_UNSEEN_S = 5.0  # before an agent that cannot be watched is worth a word; a dead one is gone by then
+_CALLS = 3  # at the same time in a watcher: one looks, the others are short
+
+_logger = logging.getLogger("ray_dnn")
+
+
+@dataclass
+class _Agent:
+    """An agent, from `Guard.watch` to `Guard.forget`."""
+
+    name: str
+    node: _Node
+    identity: tuple[int, int, int]  # pid, start and status descriptor of its process
+    sight: Sight | None = None  # the last one; None until there is one, and always if it cannot be seen
+    judged: bool = False  # once true, no verdict on it is given any more
+
+
+@dataclass
+class _Node:
+    """A node with agents on it, or one that had some: its watcher stays."""
+
+    node_id: str
+    watcher: Any = None  # an actor; None where there is none at present
+    looking: bool = False  # whether the watcher owes an answer
+    heard: bool = False  # whether the present watcher has ever answered: until then it is starting
+    silent_s: float = 0.0  # how long it has owed one
+    deaths: int = 0  # of watchers in a row, none of which answered
+
+
+class Guard:
+    """Watches agents on all nodes and tells which ones hang, each once.
+
+    Args:
+        on_verdict: called in the loop with an agent's name and the reason why it must be given up.
+        on_stalled: called with the reason when the generation must be formed anew and nobody is to blame.
+        clock: the present time in seconds; it never goes back.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        patience: Patience,
+        on_verdict: Callable[[str, str], None],
+        on_stalled: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._loop, self._patience, self._clock = loop, patience, clock
+        self._on_verdict, self._on_stalled = on_verdict, on_stalled
+        self._look_s = min(_LOOK_S, patience.silent_s / 4)
+        self._agents: dict[str, _Agent] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._generation: frozenset[str] = frozenset()
+        self._told: dict[str, Sight] = {}  # how the members looked when the generation was last found stalled
+        self._closed = False  # once true, nothing is started or told any more
+        self._ticked: float | None = None  # when the last tick was; None before the first one is due
+
+    def watch(self, name: str, node_id: str, pid: int, started: int, status_fd: int) -> None:
+        """Begin to watch an agent that has just been heard of. The numbers are those of `Watcher.watch`."""
+        node = self._nodes.setdefault(node_id, _Node(node_id))
+        self._agents[name] = _Agent(name, node, (pid, started, status_fd))
+        node.silent_s = 0.0
+        if self._ticked is None:
+            self._tick_later()
+        if node.watcher is None:
+            self._start(node)
+        else:
+            self._show(self._agents[name])
+            self._look(node)
+
+    def forget(self, name: str) -> None:
+        """Stop watching an agent. A name that is not watched is no error."""
+        self._told.pop(name, None)
+        agent = self._agents.pop(name, None)
+        if agent is not None and agent.node.watcher is not None:
+            agent.node.watcher.forget.remote(name)
+
+    def kill(self, name: str) -> None:
+        """End an agent's process, also a stopped one; nothing happens where it is not watched."""
+        agent = self._agents.get(name)
+        if agent is not None and agent.node.watcher is not None:
+            agent.node.watcher.kill.remote(name)
+
+    def in_generation(self, names: Collection[str]) -> None:
+        """Who takes part now. They are found stalled when all of them wait for each other."""
+        self._generation = frozenset(names)
+
+    def last_words(self, name: str) -> str | None:
+        """Where a watched agent was when it was last seen, in words; None where that is not known."""
+        agent = self._agents.get(name)
+        return agent.sight.status.text() if agent is not None and agent.sight is not None else None
+
+    def close(self) -> None:
+        """End the watchers. Nothing is told any more."""
+        self._closed = True
+        for node in self._nodes.values():
+            self._end(node)
+
+    # -- watchers ----------------------------------------------------------------------------------------------------
+
+    def _start(self, node: _Node) -> None:
+        """Start a watcher on a node that has none, if there is still anybody to watch."""
+        agents = self._on(node)
+        if self._closed or node.watcher is not None or not agents:
+            return
+        node.watcher = (
+            ray.remote(Watcher)
+            .options(
+                num_cpus=0,
+                max_restarts=0,
+                max_concurrency=_CALLS,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            )
+            .remote(self._patience)
+        )
+        node.looking, node.heard, node.silent_s = False, False, 0.0
+        for agent in agents:
+            self._show(agent)
+        self._look(node)
+
+    def _end(self, node: _Node) -> None:
+        if node.watcher is not None:
+            ray.kill(node.watcher)
+            node.watcher = None
+
+    def _on(self, node: _Node) -> list[_Agent]:
+        return [agent for agent in self._agents.values() if agent.node is node]
+
+    def _show(self, agent: _Agent) -> None:
+        """Tell a watcher of an agent."""
+
+        def shown(seen: bool | None, error: Exception | None) -> None:
+            if error is None and not seen:
+                self._loop.later(_UNSEEN_S, lambda: self._unseen(agent))
+
+        self._loop.watch(agent.node.watcher.watch.remote(agent.name, *agent.identity), shown)
+
+    def _unseen(self, agent: _Agent) -> None:
+        if self._agents.get(agent.name) is agent and not self._closed:
+            _logger.warning(
+                "%s (pid %d on node %s) cannot be watched: its process is hidden from others on its node, as in a "
+                "container of its own. If it hangs, nobody will see it.",
+                agent.name,
+                agent.identity[0],
+                agent.node.node_id,
+            )
+
+    def _look(self, node: _Node) -> None:
+        """Ask a node's watcher what it sees, and again whenever it has answered, while there is somebody to watch."""
+        if self._closed or node.looking or node.watcher is None or not self._on(node):
+            return
+        watcher = node.watcher
+        node.looking = True
+
+        def looked(sights: tuple[Sight, ...] | None, error: Exception | None) -> None:
+            if node.watcher is not watcher:
+                return  # given up meanwhile
+            node.looking, node.silent_s = False, 0.0
+            if error is not None:
+                self._lost(node, error)
+                return
+            node.heard, node.deaths = True, 0
+            self._look(node)  # first of all: it makes the watcher kill whom it found stopped
+            self._seen(sights or ())
+
+        self._loop.watch(watcher.look.remote(self._look_s), looked)
+
+    def _lost(self, node: _Node, error: Exception) -> None:
+        """A watcher died: killed by a shortage of memory, or with its whole node, of which Ray tells the driver."""
+        self._end(node)
+        if not self._on(node):
+            return
+        again = min(_AGAIN_S * 2**node.deaths, _AGAIN_MAX_S)
+        node.deaths += 1
+        _logger.warning("the watcher on node %s is gone, a new one starts in %.0f s: %s", node.node_id, again, error)
+        self._loop.later(again, lambda: self._start(node))
+
+    # -- verdicts ----------------------------------------------------------------------------------------------------
+
+    def _seen(self, sights: tuple[Sight, ...]) -> None:
+        for sight in sights:
+            if sight.name in self._agents:
+                self._agents[sight.name].sight = sight
+        known = [agent.sight for agent in self._agents.values() if agent.sight is not None]
+        for verdict in judge(known, self._generation, self._patience, self._told):
+            if verdict.name is not None:
+                self._give_up(verdict.name, verdict.reason)
+            elif not self._closed:
+                self._told = {sight.name: sight for sight in known if sight.name in self._generation}
+                self._on_stalled(verdict.reason)
+
+    def _give_up(self, name: str, reason: str) -> None:
+        agent = self._agents.get(name)
+        if agent is not None and not agent.judged and not self._closed:
+            agent.judged = True
+            self._on_verdict(name, reason)
+
+    # -- silence -----------------------------------------------------------------------------------------------------
+
+    def _tick_later(self) -> None:
+        self._ticked = self._clock()
+        self._loop.later(_TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        if self._closed or self._ticked is None:
+            return
+        passed_s = min(self._clock() - self._ticked, _TICK_MAX_S)
+        for node in self._nodes.values():
+            if node.looking:
+                node.silent_s += passed_s
+        self._loop.post(self._judge_silence)  # behind all answers that have arrived
+        self._tick_later()
+
+    def _judge_silence(self) -> None:
+        for node in list(self._nodes.values()):
+            limit = self._patience.silent_s if node.heard else self._patience.start_s
+            if not node.looking or node.silent_s < limit:
+                continue
+            self._end(node)  # should only the watcher hang, the next agents there get another one
+            node.looking = False
+            for agent in self._on(node):
+                self._give_up(agent.name, f"nothing was heard from node {node.node_id} for {node.silent_s:.0f} s")

@@ -1,0 +1,140 @@
+"""Which agents hang: pure decisions from what the watchers saw.
+
+An agent that is slow is waited for; an agent that will never go on is given up. The difference is seen from outside of
+its process: a stopped process does nothing, a process that burns CPU or waits for a core is at work, and one that does
+neither in a phase in which it should compute holds up all others. Times are counted by the watchers, which leave out
+the time in which they did not run themselves: what froze a watcher may have frozen its agents too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from ray_dnn.errors import ConfigError
+from ray_dnn.phases import UNTIL_READY, Patient, Phase, Status
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long agents are waited for, in seconds. ``math.inf`` waits for ever.
+
+    Attributes:
+        stopped_s: for a process that is stopped (SIGSTOP) to be continued.
+        idle_s: for an agent that should compute, and neither computes nor waits for a core.
+        busy_s: for one phase of a step, even though the agent burns CPU: an endless loop looks like that, and so does
+            a step that is simply long.
+        silent_s: for any word from a node.
+        stalled_s: when all agents wait for each other and no byte moves between them.
+        start_s: for a new agent to be ready: its model built or downloaded, its first contribution computed.
+    """
+
+    stopped_s: float = 0.2
+    idle_s: float = 30.0
+    busy_s: float = 600.0
+    silent_s: float = 10.0
+    stalled_s: float = 30.0
+    start_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise ConfigError(
+                    f"Patience({name}={value!r}): must be a number of seconds above 0. Use math.inf to wait for ever."
+                )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a watcher sees of one agent.
+
+    Attributes:
+        name: of the agent.
+        there: whether its process exists, and is no zombie.
+        stopped: it was found stopped for too long, and is killed for it.
+        up_s: how long it has been watched.
+        still_s: how long its status has not changed: no phase entered, no byte exchanged.
+        idle_s: how much of that, up to now, it used next to no CPU and none of its threads (nor of its child
+            processes') could run or waited for a disk. Measured outside of `Patient.WAITING` phases only.
+        status: what it said about itself; once it is dead, its last words.
+    """
+
+    name: str
+    there: bool
+    stopped: bool
+    up_s: float
+    still_s: float
+    idle_s: float
+    status: Status
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An agent hangs.
+
+    Attributes:
+        name: of the agent to be given up; None where nobody is to blame, and the generation must be formed anew.
+        reason: in plain words.
+    """
+
+    name: str | None
+    reason: str
+
+
+def judge(
+    sights: Sequence[Sight],
+    generation: Collection[str],
+    patience: Patience,
+    told: Mapping[str, Sight] | None = None,
+) -> list[Verdict]:
+    """Who hangs.
+
+    Args:
+        sights: of all agents that are watched, members of the generation or not.
+        generation: the names of those who take part now.
+        told: how the members looked when the generation was last found stalled, by name. Who does not move although
+            all were told to form a new one is to blame for the next time.
+    """
+    verdicts = [Verdict(s.name, reason) for s in sights if (reason := _fault(s, patience))]
+    named = {verdict.name for verdict in verdicts}
+    members = [s for s in sights if s.name in generation and s.name not in named]
+    if members and len(members) == len(set(generation)):
+        verdicts += _stalled(members, patience, told or {})
+    return verdicts
+
+
+def _fault(sight: Sight, patience: Patience) -> str | None:
+    """Why an agent must be given up for what it does itself, or None."""
+    status = sight.status
+    if sight.stopped:
+        return f"has been stopped in {status.text()}"
+    if not sight.there:
+        return None  # Ray tells of deaths
+    if status.phase in UNTIL_READY and sight.up_s >= patience.start_s:
+        return f"is not ready {sight.up_s:.0f} s after its start: {status.text()}"
+    if status.phase.patient is Patient.WAITING or status.phase in UNTIL_READY:
+        return None
+    if sight.still_s >= patience.busy_s:
+        return f"has been in {status.text()} for {sight.still_s:.0f} s"
+    if status.phase.patient is Patient.WORKING and sight.idle_s >= patience.idle_s:
+        return f"idle for {sight.idle_s:.0f} s in {status.text()}, while the others wait"
+    return None
+
+
+def _stalled(members: list[Sight], patience: Patience, told: Mapping[str, Sight]) -> list[Verdict]:
+    """Verdicts where all members wait for each other. All of them being ready is the driver's turn, and no stall."""
+    if any(not s.there or s.status.phase.patient is not Patient.WAITING for s in members):
+        return []
+    if all(s.status.phase is Phase.READY for s in members):
+        return []
+    deaf = [s for s in members if s.name in told and told[s.name].status == s.status]
+    before = {s.name: told[s.name].still_s for s in deaf}  # what has been counted against them once already
+    waited = min(s.still_s - before.get(s.name, 0.0) for s in members)
+    if waited < patience.stalled_s:
+        return []
+    if deaf:
+        text = "did not move when the generation was to be formed anew, in"
+        return [Verdict(s.name, f"{text} {s.status.text()} for {s.still_s:.0f} s") for s in deaf]
+    where = ", ".join(sorted({s.status.phase.value for s in members}))
+    return [Verdict(None, f"all agents wait for each other ({where}), and nothing has moved for {waited:.0f} s")]
