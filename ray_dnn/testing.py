@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow.fs
 import ray
@@ -71,7 +72,7 @@ class FaultyRun:
         if not ray.is_initialized():
             ray.init()
         self._faults = list(faults)
-        self._claims = ray.remote(Claims).options(num_cpus=0).remote()
+        self._claims: Any = ray.remote(Claims).options(num_cpus=0).remote()
         self.handle = trainer._start(script, FaultPlan(self._faults, claims_of(self._claims)))
 
     def struck(self) -> dict[int, str]:
