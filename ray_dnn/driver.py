@@ -19,7 +19,6 @@ such moments: an answer that belongs to an earlier turn is not looked at.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,19 +45,17 @@ from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
-from ray_dnn.membership import Decision, View, backoff, decide
+from ray_dnn.membership import Decision, View, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
+from ray_dnn.setbacks import Setbacks
 from ray_dnn.storage import RunFolder
 
 _POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
 _POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches
 _HEARTBEAT_S = 5.0  # an agent that hears nothing for a minute ends itself
 _ROOT_CAUSE_S = 1.0  # how long to wait for the reason why a connection closed
-_MOST_BREAKS = 3  # broken connections in a row, before somebody is blamed
-_MOST_FALSE_STARTS = 5  # newcomers in a row that were lost before they had committed a step
-_MOST_HANGS = 3  # agents in a row that hang in the same step
 _WAITING_MAX_S = 60.0
 
 
@@ -113,18 +110,13 @@ class Driver:
         self._generation = 0
         self._turn = 0  # what was asked for in an earlier turn is not looked at any more
         self._running = False  # whether a generation is under way
+        self._waiting = False  # whether members wait for more, and there is no generation
         self._finishing = False  # whether the user asked to stop, and the next generation is the last
         self._stopped: dict[tuple[str, int], Stopped] = {}  # by (replica, rank): agents whose run() has returned
         self._decided = 0  # the newest decision
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
-        self._falls = 0  # how often there were fewer than the minimum
-        self._below = False  # whether there are now
-        self._false_starts = 0
-        self._ask_at = 0.0  # when newcomers may be asked for, after some were lost
-        self._breaks = 0  # broken connections since the last step
-        self._accused: Counter[str] = Counter()  # replicas at the other end of broken connections, since the last step
-        self._hangs: Counter[int] = Counter()  # agents given up because they hung, by step
+        self._setbacks = Setbacks(size.minimum, size.max_failures)
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -204,15 +196,9 @@ class Driver:
             return
         self._guard.kill(name)
         if replica in self._members and self._running:
-            self._hangs[self._recorder.steps] += 1
-            if self._hangs[self._recorder.steps] >= _MOST_HANGS:
-                self._fail(
-                    AgentLostError(
-                        f"Step {self._recorder.steps} hung on {_MOST_HANGS} agents in a row; the last one, {name}, "
-                        f"{reason}. It is likely the job itself that waits for ever there. If it only takes long, "
-                        "raise Trainer(patience=Patience(idle_s=…, busy_s=…))."
-                    )
-                )
+            end = self._setbacks.hung(self._recorder.steps, name, reason)
+            if end is not None:
+                self._fail(AgentLostError(end))
                 return
         self.on_lost(replica, reason)
 
@@ -234,39 +220,21 @@ class Driver:
 
     def _on_false_start(self, what: str) -> None:
         """A newcomer was of no use: ask for the next one later and later, and in the end not any more."""
-        self._false_starts += 1
-        self._ask_at = time.monotonic() + backoff(self._false_starts)
-        self._loop.later(backoff(self._false_starts), self._consider)
-        if self._false_starts >= _MOST_FALSE_STARTS and len(self._members) < self._size.minimum:
-            self._fail(AgentLostError(f"{self._false_starts} agents in a row did not come to train. The last: {what}"))
+        end = self._setbacks.false_start(what, len(self._members), time.monotonic())
+        if end is not None:
+            self._fail(AgentLostError(end))
+        else:
+            self._loop.later(self._setbacks.wait_s(time.monotonic()), self._consider)
 
     def _recover(self, reason: str) -> None:
         """The present generation cannot go on. Form the next one of those who are there, or wait for more."""
         self._turn += 1
         self._running = False
         self._stopped = {}
-        if not self._members and self._recorder.steps:
-            self._fail(
-                AgentLostError(
-                    f"All agents were lost after step {self._recorder.steps} ({reason}), and with them the state. No "
-                    "checkpoint that the run could go on from exists. Allow more agents, or keep some of them on "
-                    "machines that stay."
-                )
-            )
+        end = self._setbacks.left(len(self._members), self._recorder.steps, reason)
+        if end is not None:
+            self._fail(AgentLostError(end))
             return
-        if len(self._members) < self._size.minimum and not self._below:
-            self._below = True
-            self._falls += 1
-            if 0 <= self._size.max_failures < self._falls:
-                self._fail(
-                    AgentLostError(
-                        f"After step {self._recorder.steps}: {reason}, and {len(self._members)} of at least "
-                        f"{self._size.minimum} replicas are left, for the {self._falls}. time; "
-                        f"FailureConfig(max_failures={self._size.max_failures}) ends the run there. Raise it (-1: no "
-                        "limit) to have the others wait for replacements, or lower the minimum."
-                    )
-                )
-                return
         enough = len(self._members) >= self._size.minimum
         decision = decide(self._view(quickly=enough and bool(self._members)))
         if decision.members:
@@ -276,6 +244,7 @@ class Driver:
         for replica in self._members:
             for agent in replica.agents:
                 agent.leave.remote(self._generation)
+        self._waiting = True
         self._consider()
         self._still_below(self._turn, 0.0)
 
@@ -323,7 +292,7 @@ class Driver:
                 self._fleet.release(replica, "not wanted any more")
         for name in decision.dismiss:
             self._fleet.release(self._fleet.replicas[name], "not wanted any more")
-        if decision.ask and time.monotonic() >= self._ask_at:
+        if decision.ask and not self._setbacks.wait_s(time.monotonic()):
             self._fleet.replace(decision.ask, GROWTH)
         elif not decision.ask:
             self._fleet.tidy()
@@ -331,12 +300,8 @@ class Driver:
             return
         if self._running:
             self._decide_pause("regroup", decision.reason)
-        elif not self._members or self._below or self._waiting_for_script:
+        elif not self._members or self._waiting:
             self._form(decision, self._finishing)
-
-    @property
-    def _waiting_for_script(self) -> bool:
-        return self._exactly is not None and not self._reached
 
     def _decide_pause(self, kind: str, reason: str, at_step: int = 0) -> None:
         """Have the agents stop at a step boundary."""
@@ -371,7 +336,8 @@ class Driver:
         for step, count in self._script.items():
             self._decide_pause("regroup", f"{count} replicas from step {step} on", step)
         self._members, self._stopped, self._running = members, {}, True
-        self._below = len(members) < self._size.minimum
+        self._setbacks.formed(len(members))
+        self._waiting = False
         self._reached = self._reached or len(members) == self._exactly
         names = [name for r in members for name in r.names]
         self._guard.in_generation(names)
@@ -439,7 +405,7 @@ class Driver:
         """An agent lost a connection. Ray, the guard or the peer itself will mostly say why; else it just broke."""
         peer = self._fleet.replica_of(left.peer) if left.peer else replica
         if peer is not None:
-            self._accused[peer.name] += 1
+            self._setbacks.accuse(peer.name)
         turn = self._turn
         how = "garbled what it carried" if left.garbled else "broke"
         what = f"a connection between {replica.name} and {left.peer or 'an agent of the same replica'} {how}"
@@ -451,15 +417,13 @@ class Driver:
     def _on_broken(self, turn: int, what: str, useless: Replica | None) -> None:
         if turn != self._turn:
             return  # the reason was found meanwhile
-        self._breaks += 1
+        blamed = self._setbacks.broke([r.name for r in self._members])
         if useless is not None:
             self._lose([useless], what)
-        elif self._breaks < _MOST_BREAKS:
-            self._recover(what)
+        elif blamed is not None:
+            self._lose([self._fleet.replicas[blamed]], "connections to it break again and again")
         else:
-            newest = {replica.name: index for index, replica in enumerate(self._members)}
-            worst = max(self._members, key=lambda r: (self._accused[r.name], newest[r.name]))
-            self._lose([worst], f"connections to it broke {self._breaks} times in a row")
+            self._recover(what)
 
     def _on_convicted(self, convicted: Convicted) -> None:
         if convicted.late:
@@ -527,7 +491,8 @@ class Driver:
         if decision.members:
             self._form(decision)
         else:
-            self._consider()  # a script waits for the agents that it names
+            self._waiting = True  # a script waits for the agents that it names
+            self._consider()
 
     def _served(self, path: str | None) -> None:
         self._commands.pop(0).answer.set_result(path)
@@ -566,11 +531,10 @@ class Driver:
     def _record(self, reports: list[Any]) -> None:
         for report in reports:
             if self._recorder.add(report):
-                self._breaks, self._accused = 0, Counter()
-                for replica in self._members:
-                    if not replica.proven and set(replica.names) & set(getattr(report, "members", ())):
-                        replica.proven = True
-                        self._false_starts, self._ask_at = 0, 0.0
+                new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
+                for replica in new:
+                    replica.proven = True
+                self._setbacks.committed(proven=bool(new))
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 

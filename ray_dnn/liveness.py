@@ -3,7 +3,8 @@
 An agent that is slow is waited for; an agent that will never go on is given up. The difference is seen from outside of
 its process: a stopped process does nothing, a process that burns CPU or waits for a core is at work, and one that does
 neither in a phase in which it should compute holds up all others. Times are counted by the watchers, which leave out
-the time in which they did not run themselves: what froze a watcher may have frozen its agents too.
+what is nobody's fault: the time in which they did not run themselves (what froze a watcher may have frozen its agents
+too), and the time for which an agent waited for a core that others kept busy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Patience:
         stopped_s: for a process that is stopped (SIGSTOP) to be continued.
         idle_s: for an agent that should compute, and neither computes nor waits for a core.
         busy_s: for one phase of a step, even though the agent burns CPU: an endless loop looks like that, and so does
-            a step that is simply long.
+            a step that is simply long. The time for which it waits for a core is not counted.
         silent_s: for any word from a node.
         stalled_s: when all agents wait for each other and no byte moves between them.
         start_s: for a new agent to be ready: its model built or downloaded, its first contribution computed.
@@ -53,17 +54,16 @@ class Sight:
         name: of the agent.
         there: whether its process exists, and is no zombie.
         stopped: it was found stopped for too long, and is killed for it.
-        up_s: how long it has been watched.
-        still_s: how long its status has not changed: no phase entered, no byte exchanged.
-        idle_s: how much of that, up to now, it used next to no CPU and none of its threads (nor of its child
-            processes') could run or waited for a disk. Measured outside of `Patient.WAITING` phases only.
+        starting_s: how long it has been watched before it was ready, without waiting for a core.
+        still_s: how long its status has not changed (no phase entered, no byte exchanged), without waiting for a core.
+        idle_s: for how much of that it used next to no CPU, waited for no disk and could not have run.
         status: what it said about itself; once it is dead, its last words.
     """
 
     name: str
     there: bool
     stopped: bool
-    up_s: float
+    starting_s: float
     still_s: float
     idle_s: float
     status: Status
@@ -111,8 +111,8 @@ def _fault(sight: Sight, patience: Patience) -> str | None:
         return f"has been stopped in {status.text()}"
     if not sight.there:
         return None  # Ray tells of deaths
-    if status.phase in UNTIL_READY and sight.up_s >= patience.start_s:
-        return f"is not ready {sight.up_s:.0f} s after its start: {status.text()}"
+    if status.phase in UNTIL_READY and sight.starting_s >= patience.start_s:
+        return f"is not ready {sight.starting_s:.0f} s after its start: {status.text()}"
     if status.phase.patient is Patient.WAITING or status.phase in UNTIL_READY:
         return None
     if sight.still_s >= patience.busy_s:

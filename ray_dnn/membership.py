@@ -88,8 +88,3 @@ def decide(view: View) -> Decision:
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
-
-
-def backoff(losses: int) -> float:
-    """Seconds until the next newcomer is asked for, after so many in a row were lost: 0, 1, 2, 4 … 60."""
-    return 0.0 if losses < 2 else min(60.0, 2.0 ** (losses - 2))

@@ -20,14 +20,19 @@ import time
 from collections.abc import Callable
 
 from ray_dnn.liveness import Patience, Sight
-from ray_dnn.phases import STATUS_BYTES, Patient, Status
+from ray_dnn.phases import STATUS_BYTES, UNTIL_READY, Status
 
 PERIOD_S = 0.1  # between two samples
 _GAP_S = 0.5  # most that one sample counts
-_WINDOW_S = 1.0  # over which CPU use is measured
+_WINDOW_S = 1.0  # over which an agent is measured that does not move
 _BURNING = 0.05  # of a core; the threads of an idle Ray worker use up to 0.02
+_FULL = 0.9  # of a core; who uses it has not waited for it
+# For each second in which it could have run and did not, an agent that used next to no CPU has this much of its idle
+# time forgiven. On a busy machine Ray's own threads in a deadlocked worker wait for a core in up to half of all looks
+# (measured: 12 busy loops on 2 cores), those of one that computes in all of them.
+_FORGIVEN = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_STOPPED, _DEAD, _ALIVE = ("T",), ("Z", "X", "x"), ("R", "D")
+_RUNNABLE, _DISK, _STOPPED, _DEAD = "R", "D", "T", ("Z", "X", "x")  # states in proc(5)
 
 
 class StatusMemory:
@@ -94,17 +99,18 @@ class _Process:
         os.close(self._folder)
 
 
-def _at_work(process: _Process) -> bool:
-    """Whether a thread of the process, or of a process that it started, is runnable or waits for a disk."""
+def _survey(process: _Process) -> tuple[set[str], int]:
+    """The states of all threads of a process and of the processes below it, and the CPU that the latter have used."""
+    states, cpu = set(), 0
     for thread in process.threads():
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if _Stat(process.read(f"task/{thread}/stat")).state in _ALIVE:
-                return True
+            states.add(_Stat(process.read(f"task/{thread}/stat")).state)
             for child in process.read(f"task/{thread}/children").split():
                 with contextlib.closing(_Process(int(child))) as below:
-                    if _at_work(below):
-                        return True
-    return False
+                    more_states, more_cpu = _survey(below)
+                    states |= more_states
+                    cpu += _Stat(below.read("stat")).cpu + more_cpu
+    return states, cpu
 
 
 class _Watched:
@@ -115,8 +121,9 @@ class _Watched:
         self.there = True
         self.stopped = False  # once true, it stays so: the agent is to die
         self._stopped_s = -PERIOD_S  # it has been seen stopped in each sample for so long
-        self._up_s = self._still_s = self._idle_s = 0.0
-        self._window_s, self._window_cpu = 0.0, 0  # since when CPU use is measured, and the process's CPU then
+        self._starting_s = self._still_s = self._idle_s = 0.0
+        self._window_s, self._window_cpu = 0.0, 0  # how old the present window is, and the process's CPU at its start
+        self._below_cpu = 0  # of the processes that it started, when they were last looked at
         self._status = self._read()
 
     def _read(self) -> Status:
@@ -124,7 +131,7 @@ class _Watched:
 
     @property
     def sight(self) -> Sight:
-        return Sight(self._name, self.there, self.stopped, self._up_s, self._still_s, self._idle_s, self._status)
+        return Sight(self._name, self.there, self.stopped, self._starting_s, self._still_s, self._idle_s, self._status)
 
     def sample(self, passed_s: float, patience: Patience) -> bool:
         """Look at it, ``passed_s`` of good time after the last time. Returns whether it is newly dead or stopped."""
@@ -139,39 +146,43 @@ class _Watched:
         if stat is None or stat.state in _DEAD:
             self.there = False
             return True
-        self._up_s += passed_s
-        self._still_s = self._still_s + passed_s if status == before else 0.0
-        if status != before or status.phase.patient is Patient.WAITING:
-            self._measure_anew(stat.cpu)
-            self._idle_s = 0.0
-        else:
-            self._measure(passed_s, stat.cpu)
+        if status != before:
+            self._still_s = self._idle_s = self._window_s = 0.0
+            self._window_cpu = stat.cpu
+        self._window_s += passed_s
+        if self._window_s >= _WINDOW_S:
+            self._measure(stat.cpu)
         return self._notice_stop(stat.state, passed_s, patience)
 
-    def _measure(self, passed_s: float, cpu: int) -> None:
-        """At the end of a window, see whether it was at work in it."""
-        self._window_s += passed_s
-        if self._window_s < _WINDOW_S:
-            return
-        burned_s = (cpu - self._window_cpu) / _TICKS_PER_S
-        if burned_s > _BURNING * self._window_s or self._can_run():
-            self._idle_s = 0.0
-        else:
-            self._idle_s += self._window_s
-        self._measure_anew(cpu)
-
-    def _measure_anew(self, cpu: int) -> None:
+    def _measure(self, cpu: int) -> None:
+        """At the end of a window in which it has not moved, count what it did in it, and begin the next one."""
+        window_s = self._window_s
+        burned, states = cpu - self._window_cpu, {_RUNNABLE}
         self._window_s, self._window_cpu = 0.0, cpu
+        if burned / _TICKS_PER_S < _FULL * window_s:
+            states, below = self._survey()
+            burned, self._below_cpu = burned + below - self._below_cpu, below
+        burned_s = min(max(0, burned) / _TICKS_PER_S, window_s)
+        if burned_s > _BURNING * window_s or (_DISK in states and _RUNNABLE not in states):
+            self._idle_s = 0.0
+        elif _RUNNABLE in states:
+            self._idle_s = max(0.0, self._idle_s - _FORGIVEN * window_s)
+        else:
+            self._idle_s += window_s
+        counted_s = burned_s if _RUNNABLE in states else window_s
+        self._still_s += counted_s
+        if self._status.phase in UNTIL_READY:
+            self._starting_s += counted_s
 
-    def _can_run(self) -> bool:
+    def _survey(self) -> tuple[set[str], int]:
         try:
-            return _at_work(self._process)
+            return _survey(self._process)
         except OSError:
-            return True  # it is dying, which the next sample sees
+            return set(), 0  # it is dying, which the next sample sees
 
     def _notice_stop(self, state: str, passed_s: float, patience: Patience) -> bool:
         """Count how long it is stopped. What stopped this process too does not count at all."""
-        if state not in _STOPPED:
+        if state != _STOPPED:
             self._stopped_s = -PERIOD_S  # the first sample that sees it stopped says nothing about the time before
             return False
         self._stopped_s += min(passed_s, PERIOD_S)

@@ -24,7 +24,7 @@ from ray.train import Result, TrainingFailedError
 from torch import nn
 
 from ray_dnn import Loss, RayDnnError, load_weights
-from ray_dnn.errors import AdmissionError, AgentLostError, HiddenStateError, NonFiniteError
+from ray_dnn.errors import AdmissionError, HiddenStateError, NonFiniteError
 from ray_dnn.events import (
     AgentAdmitted,
     AgentGone,
@@ -243,24 +243,6 @@ def test_an_exception_that_cannot_be_pickled_is_shown_all_the_same(tmp_path: Pat
 
     shown = "".join(traceback.format_exception(failure(trainer(tmp_path, 2, {"loss": broken}))))
     assert "Awkward: awkward" in shown
-
-
-def test_a_killed_agent_ends_the_run_with_a_clear_error(tmp_path: Path) -> None:
-    import os
-    import signal
-
-    handle = trainer(tmp_path, 3, {"loss": slowly(0.005)}, {"epochs": None, "steps": 10_000}).start()
-    pids: dict[str, int] = {}
-    for event in handle.events():
-        if isinstance(event, AgentStarted):
-            pids[event.agent] = event.pid
-        if isinstance(event, Progress):
-            break
-    os.kill(pids["agent-2"], signal.SIGKILL)
-    with pytest.raises(TrainingFailedError, match="agent-2 died after step") as caught:
-        handle.result()
-    assert isinstance(caught.value.__cause__, AgentLostError)
-    assert_nothing_left()
 
 
 # -- admission, hidden state, non-finite -------------------------------------------------------------------------------

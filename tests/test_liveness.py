@@ -20,14 +20,14 @@ NAMES = ["a", "b", "c"]
 def sight(
     name: str = "a",
     phase: Phase = Phase.COMPUTING,
-    up: float = 0.0,
+    starting: float = 0.0,
     still: float = 0.0,
     idle: float = 0.0,
     moves: int = 7,
     there: bool = True,
     stopped: bool = False,
 ) -> Sight:
-    return Sight(name, there, stopped, up, still, idle, Status(phase, 1, 12, moves, 0))
+    return Sight(name, there, stopped, starting, still, idle, Status(phase, 1, 12, moves, 0))
 
 
 seconds = st.floats(0, 2000)
@@ -35,7 +35,7 @@ sights = st.builds(
     sight,
     name=st.sampled_from(NAMES),
     phase=st.sampled_from(Phase),
-    up=seconds,
+    starting=seconds,
     still=seconds,
     idle=seconds,
     moves=st.integers(0, 2),
@@ -66,7 +66,13 @@ def test_a_stopped_agent_is_always_named_and_nobody_twice(
 def test_an_agent_within_its_limits_is_never_named(view: list[Sight], generation: set[str], patience: Patience) -> None:
     shortest = min(patience.idle_s, patience.busy_s, patience.start_s)
     calm = [
-        replace(s, stopped=False, up_s=s.up_s % shortest, still_s=s.still_s % shortest, idle_s=s.idle_s % shortest)
+        replace(
+            s,
+            stopped=False,
+            starting_s=s.starting_s % shortest,
+            still_s=s.still_s % shortest,
+            idle_s=s.idle_s % shortest,
+        )
         for s in view
     ]
     assert named(judge(calm, generation, patience)) <= {None}
@@ -120,7 +126,7 @@ def test_whatever_agents_do_none_can_hang_for_good(view: list[Sight], patience: 
     told: dict[str, Sight] = {}
     gone: set[str | None] = set()
     for _ in range(6):
-        there = [replace(s, up_s=s.up_s + 2000, still_s=s.still_s + 2000, idle_s=0.0) for s in there]
+        there = [replace(s, starting_s=s.starting_s + 2000, still_s=s.still_s + 2000, idle_s=0.0) for s in there]
         gone |= (found := named(judge(there, generation, patience, told)))
         told = {s.name: s for s in there} if None in found else told
         there = [s for s in there if s.name not in gone]
@@ -134,7 +140,7 @@ def test_verdicts_say_what_was_seen() -> None:
         sight("agent-2", Phase.COMPUTING, idle=31, still=33),
         sight("agent-3", Phase.COMPUTING, still=600),
         sight("agent-4", Phase.READING, still=601, idle=601),
-        sight("agent-5", Phase.BUILDING, up=600, still=1),
+        sight("agent-5", Phase.BUILDING, starting=600, still=1),
     ]
     assert judge(view, [], LIMITS) == [
         Verdict("agent-1", "has been stopped in computing, step 12"),
@@ -147,7 +153,7 @@ def test_verdicts_say_what_was_seen() -> None:
 
 @pytest.mark.parametrize("phase", [p for p in Phase if p.patient is Patient.SLOW])
 def test_a_phase_that_waits_for_things_outside_may_be_idle(phase: Phase) -> None:
-    assert judge([sight(phase=phase, up=599, still=599, idle=599)], ["a"], LIMITS) == []
+    assert judge([sight(phase=phase, starting=599, still=599, idle=599)], ["a"], LIMITS) == []
 
 
 def waiting(still: dict[str, float], moves: int = 7, phase: Phase = Phase.EXCHANGE_FIRST) -> list[Sight]:
@@ -192,7 +198,7 @@ def test_an_impossible_patience_is_refused(value: object) -> None:
 
 def test_endless_patience_names_nobody() -> None:
     endless = Patience(**{f.name: math.inf for f in fields(Patience)})
-    assert judge([sight(up=1e9, still=1e9, idle=1e9)], ["a"], endless) == []
+    assert judge([sight(starting=1e9, still=1e9, idle=1e9)], ["a"], endless) == []
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -1,0 +1,98 @@
+"""What has gone wrong in a run so far, and what follows from it: pure decisions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+_MOST_FALSE_STARTS = 5  # newcomers in a row that were lost before they had committed a step
+_MOST_HANGS = 3  # agents that hang in the same step
+_MOST_BREAKS = 3  # broken connections in a row, before somebody is blamed
+_WAIT_MAX_S = 60.0
+
+
+class Setbacks:
+    """Counts losses until the run makes progress again. Methods that may end the run return the reason why, or None.
+
+    Args:
+        minimum: replicas that the user wants at least.
+        max_failures: how often there may be fewer; below 0: any number of times.
+    """
+
+    def __init__(self, minimum: int, max_failures: int):
+        self._minimum, self._max_failures = minimum, max_failures
+        self._falls = 0  # below the minimum
+        self._below = False  # whether there are fewer now
+        self._false_starts = 0  # in a row
+        self._not_before = 0.0  # when newcomers may be asked for again
+        self._breaks = 0  # in a row
+        self._accused: Counter[str] = Counter()  # at the other end of connections that broke, since the last step
+        self._hangs: Counter[int] = Counter()  # by step
+
+    def left(self, count: int, step: int, reason: str) -> str | None:
+        """So many replicas are left."""
+        if count == 0 and step:
+            return (
+                f"All agents were lost after step {step} ({reason}), and with them the state. No checkpoint that the "
+                "run could go on from exists. Allow more agents, or keep some of them on machines that stay."
+            )
+        if count >= self._minimum or self._below:
+            return None
+        self._below = True
+        self._falls += 1
+        if self._max_failures < 0 or self._falls <= self._max_failures:
+            return None
+        return (
+            f"After step {step}: {reason}, and {count} of at least {self._minimum} replicas are left, for the "
+            f"{self._falls}. time; FailureConfig(max_failures={self._max_failures}) ends the run there. Raise it (-1: "
+            "no limit) to have the others wait for replacements, or lower the minimum."
+        )
+
+    def formed(self, count: int) -> None:
+        """So many replicas take part in a new generation."""
+        self._below = count < self._minimum
+
+    def false_start(self, what: str, count: int, now: float) -> str | None:
+        """A newcomer was lost before it had committed a step, while there were ``count`` others."""
+        self._false_starts += 1
+        self._not_before = now + backoff(self._false_starts)
+        if self._false_starts < _MOST_FALSE_STARTS or count >= self._minimum:
+            return None
+        return f"{self._false_starts} agents in a row did not come to train. The last: {what}"
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next newcomer should be asked for."""
+        return max(0.0, self._not_before - now)
+
+    def hung(self, step: int, who: str, how: str) -> str | None:
+        """An agent was given up because it hung in a step."""
+        self._hangs[step] += 1
+        if self._hangs[step] < _MOST_HANGS:
+            return None
+        return (
+            f"Step {step} hung on {_MOST_HANGS} agents in a row; the last one, {who}, {how}. It is likely the job "
+            "itself that waits for ever there. If it only takes long, raise Trainer(patience=Patience(idle_s=…, "
+            "busy_s=…))."
+        )
+
+    def accuse(self, replica: str) -> None:
+        """Somebody lost the connection to this replica."""
+        self._accused[replica] += 1
+
+    def broke(self, members: Sequence[str]) -> str | None:
+        """A connection broke, for no known reason. Returns who must go: the most accused; the newest of equals."""
+        self._breaks += 1
+        if self._breaks < _MOST_BREAKS:
+            return None
+        return max(members, key=lambda name: (self._accused[name], members.index(name)))
+
+    def committed(self, proven: bool) -> None:
+        """A step was committed, for the first time by a newcomer where it is ``proven`` by that."""
+        self._breaks, self._accused = 0, Counter()
+        if proven:
+            self._false_starts, self._not_before = 0, 0.0
+
+
+def backoff(losses: int) -> float:
+    """Seconds until the next newcomer is asked for, after so many in a row were lost: 0, 1, 2, 4 … 60."""
+    return 0.0 if losses < 2 else min(_WAIT_MAX_S, 2.0 ** (losses - 2))
