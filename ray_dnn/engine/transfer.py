@@ -73,13 +73,15 @@ def agree(
     """
     mine = _POSITION.pack(holds, *engine.position)
     said = [_POSITION.unpack(raw) for raw in mesh.gather(mine)]
-    who = roles([Position(*position) if has else None for has, *position in said])
+    positions = [Position(*position) if has else None for has, *position in said]
+    who = roles(positions)
+    step = max(p.commits for p in positions if p is not None) // len(engine.state.phases)
     if who.behind:
-        engine.marks.enter(Phase.COPYING)
+        engine.marks.enter(Phase.COPYING, step)
         _catch_up(mesh, engine, who, report)
         mesh.gather(b"\0")  # nobody lets a newcomer take its attention before all have caught up
     if who.newcomers:
-        engine.marks.enter(Phase.COPYING)
+        engine.marks.enter(Phase.COPYING, step)
         _copy(mesh, engine, who, pending, report)
 
 
