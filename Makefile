@@ -7,7 +7,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test lint bench soak clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: $(READY) ## Check style, format and types
 
 bench: $(READY) ## Run the benchmarks; ARGS choose which
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(READY) ## Strike at training runs until something breaks; ARGS="--faults 300", "--help"
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 clean: ## Remove .venv and everything else that was generated
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

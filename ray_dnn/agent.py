@@ -46,7 +46,7 @@ from ray_dnn.watcher import StatusMemory, own_start
 T = TypeVar("T")
 
 _GROUP_CHANNEL = 1
-_LEASE_S = 60.0  # without a word from the driver for so long, an agent ends itself
+_LEASE_S = 600.0  # without a word from the driver for so long, an agent ends itself
 _LEASE_TICK_S = 1.0
 
 

@@ -12,8 +12,8 @@ collects their reports. A generation ends in one of two ways:
   of those who are left, wherever they are: being told of it, they leave the old one in the middle of what they do,
   agree on the newest step that any of them has committed, and go on from there.
 
-Whatever is under way when a generation ends that way (a pause, a checkpoint) is dropped and begun again. `_turn` counts
-such moments: an answer that belongs to an earlier turn is not looked at.
+Whatever is under way when a generation ends that way (a pause, a checkpoint) is dropped and begun again: an answer that
+belongs to a generation that is over (`Underway.end`) is not looked at.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError
-
 from ray_dnn import checkpoint
 from ray_dnn.admission import Admission
-from ray_dnn.agent import Command, Convicted, Ended, Exported, Failed, Generation, Job, Left, Stopped
+from ray_dnn.agent import Command, Convicted, Exported, Failed, Job, Left, Stopped
 from ray_dnn.cluster import Places
+from ray_dnn.engine.reports import Report
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
     CheckpointWritten,
@@ -45,16 +44,15 @@ from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
-from ray_dnn.membership import Decision, View, decide
+from ray_dnn.membership import Decision, Script, View, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
 from ray_dnn.setbacks import Setbacks
 from ray_dnn.storage import RunFolder
+from ray_dnn.underway import Underway
 
-_POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
-_POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches
-_HEARTBEAT_S = 5.0  # an agent that hears nothing for a minute ends itself
+_HEARTBEAT_S = 5.0  # an agent that hears nothing for ten minutes ends itself
 _ROOT_CAUSE_S = 1.0  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 
@@ -100,19 +98,14 @@ class Driver:
         self._recorder = Recorder(job, folder, log)
         self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
-        self._script = dict(size.script)  # sizes that are still to come, by step
-        self._exactly: int | None = self._script.pop(0, None)  # the size that the script asks for now
-        self._reached = False  # whether there was a generation of that size
+        self._script = Script(size.script)
         self._members: list[Replica] = []  # who holds the state: of the present generation, or of the last one
         self._lost: list[str] = []  # agents, since the present generation was formed
         self._founders: set[str] = set()  # of the first generation: the state as built is the state of the run
-        self._plan: Plan | None = None
-        self._generation = 0
-        self._turn = 0  # what was asked for in an earlier turn is not looked at any more
-        self._running = False  # whether a generation is under way
+        self._generation = 0  # the number of the newest one
+        self._now: Underway | None = None  # the newest one, until it is over
         self._waiting = False  # whether members wait for more, and there is no generation
         self._finishing = False  # whether the user asked to stop, and the next generation is the last
-        self._stopped: dict[tuple[str, int], Stopped] = {}  # by (replica, rank): agents whose run() has returned
         self._decided = 0  # the newest decision
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
@@ -132,7 +125,7 @@ class Driver:
         return self.outcome
 
     def _first_size(self) -> int:
-        return self._exactly or self._size.minimum
+        return self._script.size or self._size.minimum
 
     def _heartbeat(self) -> None:
         """Tell all agents that they are wanted."""
@@ -140,6 +133,11 @@ class Driver:
             for agent in replica.agents:
                 agent.acknowledge.remote(self._recorder.serial - 1)
         self._loop.later(_HEARTBEAT_S, self._heartbeat)
+
+    @property
+    def _running(self) -> bool:
+        """Whether agents take steps."""
+        return self._now is not None and self._now.running
 
     # -- what the user asks for ----------------------------------------------------------------------------------------
 
@@ -228,9 +226,8 @@ class Driver:
 
     def _recover(self, reason: str) -> None:
         """The present generation cannot go on. Form the next one of those who are there, or wait for more."""
-        self._turn += 1
-        self._running = False
-        self._stopped = {}
+        if self._now is not None:
+            self._now.end()
         end = self._setbacks.left(len(self._members), self._recorder.steps, reason)
         if end is not None:
             self._fail(AgentLostError(end))
@@ -241,20 +238,19 @@ class Driver:
             self._decide_anew(reason)
             self._form(decision, self._finishing)
             return
-        for replica in self._members:
-            for agent in replica.agents:
-                agent.leave.remote(self._generation)
+        if self._now is not None:
+            self._now.leave()
         self._waiting = True
         self._consider()
-        self._still_below(self._turn, 0.0)
+        self._still_below(self._generation, 0.0)
 
     def _decide_anew(self, reason: str) -> None:
         self._decided += 1
         self._log.add(Decided(self._decided, "recover", reason))
 
-    def _still_below(self, turn: int, after: float) -> None:
+    def _still_below(self, generation: int, after: float) -> None:
         """Say what the run waits for, again and again, while there are too few."""
-        if turn != self._turn or self._running:
+        if generation != self._generation:
             return
         least = self._view().minimum
         self._log.add(
@@ -264,20 +260,19 @@ class Driver:
             )
         )
         again = min(max(2.0, after * 2), _WAITING_MAX_S)
-        self._loop.later(again, lambda: self._still_below(turn, again))
+        self._loop.later(again, lambda: self._still_below(generation, again))
 
     # -- membership ----------------------------------------------------------------------------------------------------
 
     def _view(self, quickly: bool = False) -> View:
         """What is there. ``quickly``: leave out newcomers, whom the others would have to wait for."""
-        scripted = self._exactly
-        least = self._size.minimum if scripted is None or self._reached else scripted
+        minimum, maximum, target = self._script.limits(self._size.minimum, self._size.maximum, self._target)
         ready = [r.name for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)]
         return View(
-            minimum=least,
-            maximum=self._size.maximum if scripted is None else scripted,
+            minimum=minimum,
+            maximum=maximum,
             workers=self._job.config.virtual_workers,
-            target=self._target if scripted is None else scripted,
+            target=target,
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
             starting=len(self._fleet.starting),
@@ -310,9 +305,8 @@ class Driver:
         self._decided += 1
         command = self._pending[self._decided] = Command(self._decided, at_step)
         self._log.add(Decided(command.number, kind, reason))
-        for replica in self._members:
-            for agent in replica.agents:
-                agent.command.remote(command)
+        if self._now is not None:
+            self._now.command(command)
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
@@ -323,100 +317,64 @@ class Driver:
         members = [self._fleet.replicas[name] for name in decision.members]
         if not before:
             self._founders = {r.name for r in members}
-        self._generation += 1
-        self._turn += 1
-        self._plan = plan = lay(self._generation, self._job.config.virtual_workers, self._recorder.speeds(members))
+        plan = lay(self._generation + 1, self._job.config.virtual_workers, self._recorder.speeds(members))
         if self._job.strategy.worker_state == "mirrored" and plan.replicas < 2:
             raise ConfigError(
                 f"{type(self._job.strategy).__name__} keeps mirrored worker states, which need a second agent to hold "
                 "the mirror. Use ScalingConfig(num_workers=(2, …)) or more."
             )
+        if self._now is not None:
+            self._now.end()
+        self._generation += 1
+        now = self._now = Underway(self._loop, self._fleet, self, self._generation, members, plan)
+        self._members, self._waiting = members, False
+        self._setbacks.formed(len(members))
+        self._script.formed(len(members))
+        self._tell(before, plan)
         # Decisions without a step are carried out by this generation, or made again below.
         self._pending = {n: c for n, c in self._pending.items() if c.at_step}
-        for step, count in self._script.items():
+        for step, count in self._script.coming.items():
             self._decide_pause("regroup", f"{count} replicas from step {step} on", step)
-        self._members, self._stopped, self._running = members, {}, True
-        self._setbacks.formed(len(members))
-        self._waiting = False
-        self._reached = self._reached or len(members) == self._exactly
-        names = [name for r in members for name in r.names]
+        now.begin(self._founders, self._decided, tuple(self._pending.values()), finish)
+        for replica in before:
+            if replica not in members:
+                self._fleet.release(replica, "left as planned")
+        now.poll(lambda: self._recorder.serial, self._record)
+        if self._commands and not finish:
+            self._decide_pause(self._commands[0].kind, "asked for by the user")
+        self._consider()
+
+    def _tell(self, before: list[Replica], plan: Plan) -> None:
+        """Let the guard and the user know of a new generation."""
+        names = [name for r in self._members for name in r.names]
         self._guard.in_generation(names)
-        left = [r for r in before if r not in members]
         self._log.add(
             GenerationFormed(
                 generation=self._generation,
                 step=self._recorder.steps,
                 agents=names,
-                joined=[name for r in members if r not in before for name in r.names],
-                left=[name for r in left for name in r.names],
+                joined=[name for r in self._members if r not in before for name in r.names],
+                left=[name for r in before if r not in self._members for name in r.names],
                 lost=self._lost,
                 bounds=list(plan.bounds),
             )
         )
         self._lost = []
-        self._send(members, plan, finish)
-        for replica in left:
-            self._fleet.release(replica, "left as planned")
-        self._poll(self._turn)
-        if self._commands and not finish:
-            self._decide_pause(self._commands[0].kind, "asked for by the user")
-        self._consider()
 
-    def _send(self, members: list[Replica], plan: Plan, finish: bool) -> None:
-        """Tell the agents their places."""
-        for index, replica in enumerate(members):
-            replica.stage = Stage.MEMBER
-            for rank, agent in enumerate(replica.agents):
-                generation = Generation(
-                    number=self._generation,
-                    plan=plan,
-                    replica=index,
-                    names=tuple(r.names[rank] for r in members),
-                    addresses=tuple(r.hello(rank).address for r in members),
-                    founding=replica.name in self._founders,
-                    settled=self._decided,
-                    commands=tuple(self._pending.values()),
-                    finish=finish,
-                )
-                self._watch_run(replica, rank, agent.run.remote(generation))
+    # -- how generations end -------------------------------------------------------------------------------------------
 
-    def _watch_run(self, replica: Replica, rank: int, reference: Any) -> None:
-        turn = self._turn
-
-        def done(result: Ended | None, error: Exception | None) -> None:
-            if turn != self._turn or replica.stage is not Stage.MEMBER:
-                return
-            if error is not None:
-                self._fleet.broken(replica, error)
-            elif isinstance(result, Stopped):
-                self._stopped[(replica.name, rank)] = result
-                if len(self._stopped) == len(self._members) * self._job.replica_size:
-                    self._on_boundary()
-            elif isinstance(result, Left):
-                self._on_left(replica, result)
-            elif isinstance(result, Convicted):
-                self._on_convicted(result)
-            elif isinstance(result, Failed):
-                self.on_failed(replica, result)
-
-        self._loop.watch(reference, done)
-
-    def _on_left(self, replica: Replica, left: Left) -> None:
+    def on_left(self, replica: Replica, left: Left) -> None:
         """An agent lost a connection. Ray, the guard or the peer itself will mostly say why; else it just broke."""
+        assert self._now is not None
         peer = self._fleet.replica_of(left.peer) if left.peer else replica
         if peer is not None:
             self._setbacks.accuse(peer.name)
-        turn = self._turn
         how = "garbled what it carried" if left.garbled else "broke"
         what = f"a connection between {replica.name} and {left.peer or 'an agent of the same replica'} {how}"
-        self._loop.later(
-            0.0 if left.garbled else _ROOT_CAUSE_S,
-            lambda: self._on_broken(turn, what, replica if left.group else None),
-        )
+        useless = replica if left.group else None
+        self._now.later(0.0 if left.garbled else _ROOT_CAUSE_S, lambda: self._on_broken(what, useless))
 
-    def _on_broken(self, turn: int, what: str, useless: Replica | None) -> None:
-        if turn != self._turn:
-            return  # the reason was found meanwhile
+    def _on_broken(self, what: str, useless: Replica | None) -> None:
         blamed = self._setbacks.broke([r.name for r in self._members])
         if useless is not None:
             self._lose([useless], what)
@@ -425,54 +383,30 @@ class Driver:
         else:
             self._recover(what)
 
-    def _on_convicted(self, convicted: Convicted) -> None:
+    def on_convicted(self, convicted: Convicted) -> None:
+        """Some agents compute wrongly."""
         if convicted.late:
             self._admission.exact = False
         replicas = [r for r in self._members if set(r.names) & set(convicted.names)]
         self._lose(replicas, f"computes wrongly: {convicted.reason}")
 
-    # -- boundaries ----------------------------------------------------------------------------------------------------
-
-    def _ask(self, references: Sequence[Any], then: Callable[[list[Any]], None]) -> None:
-        """Go on with the answers of agents, unless the turn ends before they are there."""
-        turn = self._turn
-
-        def done(results: list[Any] | None, error: Exception | None) -> None:
-            if turn != self._turn or isinstance(error, RayActorError):
-                return  # of a death the fleet hears too
-            if error is not None:
-                raise error
-            assert results is not None
-            failed = next((result for result in results if isinstance(result, Failed)), None)
-            if failed is not None:
-                self.outcome.cause = failed.cause
-                self._fail(failed.error)
-            else:
-                then(results)
-
-        self._loop.gather(references, done)
-
-    def _on_boundary(self) -> None:
+    def on_boundary(self, stops: dict[tuple[str, int], Stopped]) -> None:
         """All agents have stopped, at the same step."""
-        stops = list(self._stopped.values())
-        if len({(s.step, s.command, s.weights_digest) for s in stops}) > 1:
-            raise ProtocolError(f"agents stopped at different places: {self._stopped}")
-        self._running = False
-        reporter = self._members[0].agents[0]
-        self._ask([reporter.reports.remote(self._recorder.serial, 0.0)], lambda got: self._at_boundary(stops, got[0]))
+        assert self._now is not None
+        reports = self._now.agents[0].reports.remote(self._recorder.serial, 0.0)
+        self._now.ask([reports], lambda got: self._at_boundary(stops, got[0]))
 
-    def _at_boundary(self, stops: list[Stopped], reports: list[Any]) -> None:
+    def _at_boundary(self, stops: dict[tuple[str, int], Stopped], reports: list[Report]) -> None:
         self._record(reports)
-        step, command = stops[0].step, stops[0].command
-        if self._recorder.steps != step:
-            raise ProtocolError(f"agents stopped at step {step}, their reports at {self._recorder.steps}")
-        if command is None:
+        stop = next(iter(stops.values()))
+        if self._recorder.steps != stop.step:
+            raise ProtocolError(f"agents stopped at step {stop.step}, their reports at {self._recorder.steps}")
+        if stop.command is None:
             self._finish(stops)
             return
-        self._log.add(Paused(self._generation, step, command))
-        self._pending = {n: c for n, c in self._pending.items() if c.at_step > step}
-        for due in sorted(s for s in self._script if s <= step):
-            self._exactly, self._reached = self._script.pop(due), False
+        self._log.add(Paused(self._generation, stop.step, stop.command))
+        self._pending = {n: c for n, c in self._pending.items() if c.at_step > stop.step}
+        self._script.arrived(stop.step)
         self._serve()
 
     def _serve(self) -> None:
@@ -510,25 +444,12 @@ class Driver:
             self._log.add(CheckpointWritten(step, path, time.perf_counter() - started))
             then(path)
 
-        self._ask([agent.export_weights.remote() for agent in self._members[0].agents], write)
+        assert self._now is not None
+        self._now.ask([agent.export_weights.remote() for agent in self._members[0].agents], write)
 
-    # -- reports -------------------------------------------------------------------------------------------------------
+    # -- reports and ends ----------------------------------------------------------------------------------------------
 
-    def _poll(self, turn: int) -> None:
-        if turn != self._turn or not self._running:
-            return
-        reporter, *others = [agent for replica in self._members for agent in replica.agents]
-        for agent in others:
-            agent.acknowledge.remote(self._recorder.serial - 1)
-
-        def done(reports: list[Any] | None, error: Exception | None) -> None:
-            if error is None and turn == self._turn:
-                self._record(reports or [])
-                self._loop.later(_POLL_PAUSE_S, lambda: self._poll(turn))
-
-        self._loop.watch(reporter.reports.remote(self._recorder.serial - 1, _POLL_WAIT_S), done)
-
-    def _record(self, reports: list[Any]) -> None:
+    def _record(self, reports: list[Report]) -> None:
         for report in reports:
             if self._recorder.add(report):
                 new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
@@ -536,14 +457,12 @@ class Driver:
                     replica.proven = True
                 self._setbacks.committed(proven=bool(new))
 
-    # -- ends ----------------------------------------------------------------------------------------------------------
-
-    def _finish(self, stops: list[Stopped]) -> None:
+    def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):
-            digests = {s.state_digest for (_, r), s in self._stopped.items() if r == rank}
+            digests = {s.state_digest for (_, r), s in stops.items() if r == rank}
             if len(digests) > 1 and self._admission.exact:
-                raise ProtocolError(f"agents ended with different states: {self._stopped}")
-        self._write_checkpoint(lambda path: self._finished(stops[0], path))
+                raise ProtocolError(f"agents ended with different states: {stops}")
+        self._write_checkpoint(lambda path: self._finished(next(iter(stops.values())), path))
 
     def _finished(self, last: Stopped, path: str) -> None:
         for request in self._commands:
@@ -556,7 +475,8 @@ class Driver:
         self._loop.end()
 
     def _fail(self, error: Exception) -> None:
-        self._turn += 1
+        if self._now is not None:
+            self._now.end()
         if self.outcome.error is None:
             self.outcome.error = error
             self._log.add(RunFailed(self._recorder.steps, f"{type(error).__name__}: {error}"))

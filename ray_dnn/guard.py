@@ -21,9 +21,13 @@ from ray_dnn.liveness import Patience, Sight, judge
 from ray_dnn.loop import Loop
 from ray_dnn.watcher import Watcher
 
-_LOOK_S = 0.5  # that a watcher takes for an answer when there is nothing new
+_LOOK_S = 1.0  # that a watcher takes for an answer when there is nothing new
 _TICK_S = 0.5
 _TICK_MAX_S = 1.0  # most that one tick counts, however late it comes
+# A watcher that has been slow, because others keep all of its cores busy, may be slower by this factor before it is
+# taken for silent; how slow it was fades with every answer.
+_SLOWER = 5.0
+_FADING = 0.98
 _AGAIN_S = 1.0  # before a watcher that died is started again; then ever more rarely
 _AGAIN_MAX_S = 60.0
 _UNSEEN_S = 5.0  # before an agent that cannot be watched is worth a word; a dead one is gone by then
@@ -52,6 +56,7 @@ class _Node:
     looking: bool = False  # whether the watcher owes an answer
     heard: bool = False  # whether the present watcher has ever answered: until then it is starting
     silent_s: float = 0.0  # how long it has owed one
+    slowest_s: float = 0.0  # that it took to answer of late
     deaths: int = 0  # of watchers in a row, none of which answered
 
 
@@ -141,6 +146,7 @@ class Guard:
             .remote(self._patience)
         )
         node.looking, node.heard, node.silent_s = False, False, 0.0
+        node.watcher.hurry.remote()
         for agent in agents:
             self._show(agent)
         self._look(node)
@@ -182,6 +188,8 @@ class Guard:
         def looked(sights: tuple[Sight, ...] | None, error: Exception | None) -> None:
             if node.watcher is not watcher:
                 return  # given up meanwhile
+            if node.heard:
+                node.slowest_s = max(node.silent_s, node.slowest_s * _FADING)
             node.looking, node.silent_s = False, 0.0
             if error is not None:
                 self._lost(node, error)
@@ -240,7 +248,7 @@ class Guard:
 
     def _judge_silence(self) -> None:
         for node in list(self._nodes.values()):
-            limit = self._patience.silent_s if node.heard else self._patience.start_s
+            limit = max(self._patience.silent_s, _SLOWER * node.slowest_s) if node.heard else self._patience.start_s
             if not node.looking or node.silent_s < limit:
                 continue
             self._end(node)  # should only the watcher hang, the next agents there get another one

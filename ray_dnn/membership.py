@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -88,3 +89,33 @@ def decide(view: View) -> Decision:
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
+
+
+class Script:
+    """Sizes that tests ask for by step, exactly. Until a size is reached, nothing smaller goes on.
+
+    Attributes:
+        size: asked for now; None: there is no script.
+        reached: whether there has been a generation of that size.
+        coming: further sizes, by step.
+    """
+
+    def __init__(self, sizes: Mapping[int, int]):
+        self.coming = dict(sorted(sizes.items()))
+        self.size = self.coming.pop(0, None)
+        self.reached = False
+
+    def arrived(self, step: int) -> None:
+        """The run has stopped before this step."""
+        for due in [s for s in self.coming if s <= step]:
+            self.size, self.reached = self.coming.pop(due), False
+
+    def formed(self, count: int) -> None:
+        """A generation of so many replicas begins."""
+        self.reached = self.reached or count == self.size
+
+    def limits(self, minimum: int, maximum: int, target: int) -> tuple[int, int, int]:
+        """What the user allows and wants, as far as the script says nothing else."""
+        if self.size is None:
+            return minimum, maximum, target
+        return (minimum if self.reached else self.size), self.size, self.size

@@ -260,8 +260,8 @@ def test_generations_and_channels_do_not_mix() -> None:
         addresses = [listener.address for listener in at]
 
         def member(generation: int, rank: int, channel: int) -> Mesh:
-            mesh = Mesh(generation, rank, 2)
-            mesh.form(at[rank], SECRET, addresses, channel, LIMIT_S)
+            mesh = Mesh(generation, rank, 2, channel)
+            mesh.form(at[rank], SECRET, addresses, LIMIT_S)
             return mesh
 
         keys = [(1, 0), (1, 1), (2, 0)]

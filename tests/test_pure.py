@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from ray_dnn.comm.exchange import slice_bounds
 from ray_dnn.engine import codec
 from ray_dnn.engine.records import Header, Place, RecordFormat
-from ray_dnn.errors import ConfigError, ProtocolError
+from ray_dnn.engine.step import Position
+from ray_dnn.engine.transfer import roles
+from ray_dnn.engine.worker_states import holders, moves
+from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
 from ray_dnn.membership import Decision, View, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.sampler import RowOrder, Schedule, permute, split_evenly, split_micro
+from ray_dnn.setbacks import Setbacks, backoff
 from ray_dnn.tree import Node, cover, fold
 
 examples = settings(deadline=None, derandomize=True, max_examples=60)
@@ -237,7 +241,7 @@ def views(draw: st.DrawFn) -> View:
         ready=tuple(names[there:]),
         starting=draw(st.integers(0, 6)),
         leaving=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
-        exactly=draw(st.none() | st.integers(minimum, maximum)),
+        one_by_one=draw(st.booleans()),
     )
 
 
@@ -246,8 +250,9 @@ def views(draw: st.DrawFn) -> View:
 def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> None:
     decision = decide(view)
     if decision.members is not None:
-        assert len(decision.members) >= (view.exactly or view.minimum)
-        assert len(decision.members) <= view.wanted
+        assert len(decision.members) >= view.minimum
+        # Where only one may leave at once, those who are too many go one after another.
+        assert len(decision.members) <= max(view.wanted, len(view.members) - 1 if view.one_by_one else 0)
     assert decision == decide(replace(view))
 
 
@@ -259,12 +264,23 @@ def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
         return
     may_stay = [m for m in view.members if m not in view.leaving]
     stayed = [m for m in decision.members if m in view.members]
-    assert stayed == may_stay[: view.wanted]
+    must_go = [m for m in view.members if m not in may_stay[: view.wanted]]
+    assert set(decision.leaving) == set(view.members) - set(stayed)
+    assert set(decision.leaving) <= set(must_go)
+    assert len(decision.leaving) == (min(len(must_go), 1) if view.one_by_one else len(must_go))
     assert decision.members == (*stayed, *decision.joining)
     assert decision.joining == view.ready[: len(decision.joining)]
-    assert set(decision.leaving) == set(view.members) - set(stayed)
     assert decision.changed == (decision.members != view.members)
     assert not (decision.joining and decision.dismiss) or len(decision.members) == view.wanted
+
+
+def test_who_must_go_goes_before_who_is_too_many_and_the_newest_first() -> None:
+    view = View(1, 9, 9, 2, ("a", "b", "c", "d"), leaving=frozenset("b"), one_by_one=True)
+    gone = []
+    while (decision := decide(view)).changed:
+        gone += decision.leaving
+        view = after(view, decision)
+    assert gone == ["b", "d"]
 
 
 def after(view: View, decision: Decision) -> View:
@@ -273,19 +289,112 @@ def after(view: View, decision: Decision) -> View:
     ready = [r for r in view.ready if r not in (*decision.joining, *decision.dismiss)]
     ready += [f"new{len(view.members)}-{len(ready)}-{i}" for i in range(started)]
     members = view.members if decision.members is None else decision.members
-    leaving = view.leaving if decision.members is None else frozenset()
-    return replace(view, members=members, leaving=leaving, ready=tuple(ready), starting=0)
+    return replace(view, members=members, leaving=view.leaving - {*decision.leaving}, ready=tuple(ready), starting=0)
 
 
 @examples
 @given(views())
 def test_carrying_decisions_out_leads_to_the_wanted_number_and_rest(view: View) -> None:
-    for _ in range(3):
+    for _ in range(3 + view.one_by_one * len(view.members)):
         view = after(view, decide(view))
     decision = decide(view)
     assert decision.members == view.members
     assert len(view.members) == view.wanted
     assert (decision.changed, decision.ask, decision.withdraw) == (False, 0, 0)
+
+
+# -- setbacks --------------------------------------------------------------------------------------------------------
+
+
+def test_newcomers_are_asked_for_later_and_later_but_every_minute() -> None:
+    assert [backoff(losses) for losses in range(10)] == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+@examples
+@given(st.integers(1, 300), st.floats(0, 1e6), st.floats(0, 100))
+def test_newcomers_that_are_lost_delay_the_next_until_one_trains(losses: int, now: float, later: float) -> None:
+    setbacks = Setbacks(minimum=2, max_failures=0)
+    ends = [setbacks.false_start("it died", 2, now) for _ in range(losses)]
+    assert ends == [None] * losses  # enough others train
+    assert setbacks.wait_s(now + later) == pytest.approx(max(0.0, backoff(losses) - later), abs=1e-6)
+    setbacks.committed(proven=False)
+    assert setbacks.wait_s(now) == pytest.approx(backoff(losses), abs=1e-6)
+    setbacks.committed(proven=True)
+    assert setbacks.wait_s(now) == 0
+
+
+# -- who gives what to whom in recovery -------------------------------------------------------------------------------
+
+
+@st.composite
+def positions(draw: st.DrawFn) -> list[Position | None]:
+    """As a death leaves them: some lack the newest commit, or the newest evaluation; some are newcomers."""
+    newest = Position(draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    lacks = draw(st.sampled_from([Position(1, 0), Position(0, 1)]))
+    older = Position(newest.commits - lacks.commits, newest.evaluations - lacks.evaluations)
+    others = draw(st.lists(st.sampled_from([newest, older, None]), max_size=7))
+    return draw(st.permutations([newest, *others]))
+
+
+@examples
+@given(positions())
+def test_who_is_newest_gives_to_all_others_what_they_lack(said: list[Position | None]) -> None:
+    who = roles(said)
+    newest = max(p for p in said if p is not None)
+    assert said[who.source] == newest
+    assert who.source == min(r for r, p in enumerate(said) if p == newest)
+    even = tuple(r for r, p in enumerate(said) if p == newest)
+    assert sorted((*even, *who.behind, *who.newcomers)) == list(range(len(said)))
+    assert all(said[r] is None for r in who.newcomers)
+    assert all(said[r] is not None for r in who.behind)
+
+
+@examples
+@given(positions(), st.integers(0, 3), st.integers(0, 3))
+def test_positions_that_no_death_leaves_are_refused(said: list[Position | None], commits: int, more: int) -> None:
+    assume(commits + more > 1)
+    newest = max(p for p in said if p is not None)
+    ahead = Position(newest.commits + commits, newest.evaluations + more)
+    with pytest.raises(ProtocolError, match="agents of one run are at"):
+        roles([*said, ahead])
+
+
+def test_newcomers_alone_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="nobody holds the state"):
+        roles([None, None])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Plan:
+    workers = draw(st.integers(2, 9))
+    cuts = draw(st.sets(st.integers(1, workers - 1), min_size=1, max_size=5))
+    return Plan(0, (0, *sorted(cuts), workers))
+
+
+@examples
+@given(st.sampled_from(["mirrored", "combined"]), layouts(), st.data())
+def test_worker_states_outlive_any_death_and_go_where_they_are_lacking_only(
+    kind: str, before: Plan, data: st.DataObject
+) -> None:
+    dead = data.draw(st.integers(0, before.replicas - 1))
+    held = [{w for w in range(before.workers) if r in holders(before, w, kind)} for r in range(before.replicas)]
+    newcomers: list[set[int]] = [set()] * data.draw(st.integers(0, before.workers - before.replicas + 1))
+    held = [*(h for r, h in enumerate(held) if r != dead), *newcomers]
+    speeds = data.draw(st.lists(st.sampled_from([1.0, 3.0]), min_size=len(held), max_size=len(held)))
+    after = lay(1, before.workers, speeds)
+    copies = moves(kind, after, held)
+    for (source, to), workers in copies.items():
+        assert set(workers) <= held[source]
+        assert not set(workers) & held[to]
+    for worker in range(after.workers):
+        for replica in holders(after, worker, kind):
+            sent = [to for (_, to), workers in copies.items() if worker in workers and to == replica]
+            assert len(sent) == (worker not in held[replica])
+
+
+def test_the_loss_of_a_host_and_its_mirror_at_once_is_named() -> None:
+    with pytest.raises(AgentLostError, match="the state of virtual worker 1, its host and its mirror"):
+        moves("mirrored", Plan(1, (0, 2)), [{0}])
 
 
 # -- state as bytes --------------------------------------------------------------------------------------------------

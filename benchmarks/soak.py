@@ -1,0 +1,233 @@
+"""``python -m benchmarks.soak``: random faults on a real cluster, until one of them changes a bit or stops a run.
+
+    python -m benchmarks.soak --faults 300
+    python -m benchmarks.soak --minutes 30 --job convnet --seed 7
+
+It starts a Ray cluster of its own, trains each job undisturbed on one agent, and then over and over on up to four,
+while faults of every kind strike about every two seconds. Each of these runs must end with the weights of the
+undisturbed one, with its evaluations, and with its ledger, in which every row is used exactly once an epoch. What went
+wrong is printed, its run's folder is kept, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+    from benchmarks.soak_jobs import Job
+    from benchmarks.soak_run import DisturbedRun, Strike
+
+_MOST_FAILED = 3  # runs, before it is pointless to go on
+_EXIT_S = 15.0  # for Ray's processes to end
+_INTERRUPT_S = 30.0
+
+
+def _arguments(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description="Random faults on a real Ray cluster.")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--faults", type=int, default=60, help="how many are to strike (default: 60)")
+    length.add_argument("--minutes", type=float, help="how long they are to strike, instead")
+    parser.add_argument("--job", choices=("language", "convnet", "both"), default="both", help="(default: both)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
+    parser.add_argument("--agents", type=_span, default=(1, 4), metavar="MIN..MAX", help="(default: 1..4)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
+    return parser.parse_args(given)
+
+
+def _span(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("..")
+    try:
+        span = int(least), int(most or least)
+    except ValueError:
+        span = (0, 0)
+    if not 1 <= span[0] <= span[1] or span[1] < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN..MAX with a MAX of 2 or more")
+    return span
+
+
+class Soak:
+    """The undisturbed runs, then the others."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path):
+        # Ray reads its environment when it is imported, which these modules do.
+        from benchmarks.soak_faults import Orders
+        from benchmarks.soak_jobs import JOBS
+        from benchmarks.soak_report import Findings
+        from benchmarks.soak_run import Size
+
+        self._given, self._folder = given, folder
+        names = list(JOBS) if given.job == "both" else [given.job]
+        self._jobs: list[Job] = [JOBS[name](given.steps) for name in names]
+        self._orders = Orders(folder / "orders")
+        self._orders.folder.mkdir()
+        self._began = time.time()
+        self._failed = 0
+        self._found = Findings()
+        self._references = {job.name: self._undisturbed(job) for job in self._jobs}
+        self._first_size = Size.of("self")
+
+    def run(self) -> bool:
+        """Returns whether all went well."""
+        from benchmarks.soak_run import Size
+
+        self._began = time.time()
+        number = 0
+        while self._more(0) and self._failed < _MOST_FAILED:
+            self._disturbed(number, self._jobs[number % len(self._jobs)])
+            number += 1
+        self._found.driver = (self._first_size, Size.of("self"))
+        print(flush=True)
+        for line in self._found.table():
+            print(line, flush=True)
+        return not self._found.troubles
+
+    def _more(self, struck: int) -> bool:
+        """Whether there are to be more faults. ``struck``: by those of the present run."""
+        if self._given.minutes is not None:
+            return time.time() - self._began < 60 * self._given.minutes
+        return len(self._found.strikes) + struck < self._given.faults
+
+    def _undisturbed(self, job: Job) -> Result:
+        begun = time.time()
+        result = job.trainer(self._given.steps, (1, 1), False, str(self._folder), f"{job.name}-undisturbed").fit()
+        assert result.metrics is not None
+        digest = result.metrics["weights_digest"][:16]
+        seconds = time.time() - begun
+        print(f"{job.name}, undisturbed: {self._given.steps} steps in {seconds:.1f} s, weights {digest}", flush=True)
+        return result
+
+    def _disturbed(self, number: int, job: Job) -> None:
+        from ray.train import TrainingFailedError
+
+        from benchmarks.soak_report import difference
+        from benchmarks.soak_run import DisturbedRun, Hung
+
+        audit = self._given.agents[1] >= 3 and number // len(self._jobs) % 2 == 1
+        name = f"{job.name}-{number}"
+        print(f"{name}, seed {self._given.seed}.{number}{', audited' if audit else ''}:", flush=True)
+        trainer = job.trainer(self._given.steps, self._given.agents, audit, str(self._folder), name)
+        run = DisturbedRun(trainer, self._orders, Random(f"{self._given.seed}.{number}"), audit, self._tell)
+        trouble = None
+        try:
+            run.run(lambda: self._more(len(run.strikes)))
+            trouble = difference(run.handle.result(), self._references[job.name])
+        except TrainingFailedError as error:
+            trouble = str(error)
+        except Hung as error:
+            trouble = str(error)
+            _dump(run)
+        except BaseException:
+            _interrupt(run)
+            raise
+        self._found.add(run)
+        if trouble is None:
+            shutil.rmtree(self._folder / name)
+        else:
+            self._failed += 1
+            self._found.troubles.append(f"{name}: {trouble}; its folder is {self._folder / name}")
+            print(self._found.troubles[-1], flush=True)
+
+    def _tell(self, strike: Strike) -> None:
+        gap = f"{strike.gap_s:.2f} s" if strike.gap_s is not None else "–"
+        seconds = strike.time - self._began
+        print(f"  {seconds:7.2f} s  {strike.kind.name:24} {strike.victim:10} {strike.where:32} {gap}", flush=True)
+
+
+def _dump(run: DisturbedRun) -> None:
+    """Print all that is known of a run that hangs, and end it."""
+    for line in run.dump():
+        print(line, flush=True)
+    faulthandler.dump_traceback(sys.stdout)
+    _interrupt(run)
+
+
+def _interrupt(run: DisturbedRun) -> None:
+    thread = threading.Thread(target=run.handle._interrupt, daemon=True)
+    thread.start()
+    thread.join(_INTERRUPT_S)
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[Path]:
+    """A Ray cluster of one node, gone without a trace afterwards. Yields a folder for runs, kept where one is in it."""
+    ray_folder = tempfile.mkdtemp(prefix="rs-", dir="/tmp")  # short: Ray puts Unix sockets below it
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    os.environ |= {
+        "RAY_TMPDIR": ray_folder,
+        "RAY_AUTH_MODE": "disabled",  # unset, ray.init() would write a token into the home directory
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=16,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        with open(folder / "ray.txt", "w") as file, contextlib.redirect_stderr(file):  # Ray's words on each death
+            yield folder
+    finally:
+        ray.shutdown()
+        left = _end_what_is_left(ray_folder)
+        shutil.rmtree(ray_folder, ignore_errors=True)
+        if left:
+            raise SystemExit(f"left processes behind: {left}")
+
+
+def _end_what_is_left(ray_folder: str) -> dict[int, str]:
+    """Processes that were started with this folder and do not end by themselves. They are killed."""
+    until = time.monotonic() + _EXIT_S
+    while (left := _processes(f"RAY_TMPDIR={ray_folder}".encode())) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def _processes(marker: bytes) -> dict[int, str]:
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
+            if marker in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status."""
+    given = _arguments(arguments)
+    logging.getLogger("ray_dnn").addHandler(logging.NullHandler())
+    with _cluster() as folder:
+        good = Soak(given, folder).run()
+        if good:
+            shutil.rmtree(folder)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
