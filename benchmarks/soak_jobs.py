@@ -88,7 +88,7 @@ def convnet(steps: int) -> Job:
     """A convolutional network with buffers that are combined and noise that is drawn."""
     spec = TrainSpec(
         model=build_convnet,
-        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        optimizer=build_convnet_optimizer,
         loss=convnet_loss,
         evaluate=convnet_evaluate,
         collate=convnet_collate,
@@ -110,6 +110,11 @@ def build_convnet() -> nn.Module:
     for before, after in ((1, 16), (16, 32), (32, 32)):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1), nn.Linear(32 * 4 * 4, 10))
+
+
+def build_convnet_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum."""
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
 def convnet_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

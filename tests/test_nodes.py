@@ -1,0 +1,98 @@
+"""Whole nodes that fall silent: two raylets on this machine, all processes of one of them frozen and thawed."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from conftest import our_processes, wait_for_exit
+from jobs_for_tests import assert_every_row_once, digest, loss, slowly, trainer
+from ray.cluster_utils import Cluster
+
+from ray_dnn.events import AgentGone, AgentStarted, FirstStep, GenerationFormed, Progress
+from ray_dnn.liveness import Patience
+from ray_dnn.testing import read_events
+
+
+@pytest.fixture(scope="module")
+def second_node() -> Iterator[Any]:
+    """A cluster of two nodes with two CPUs each; gives the one on which the driver is not."""
+    before = set(our_processes())
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False)
+    ray.init(address=cluster.address)
+    yield cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    ray.shutdown()
+    cluster.shutdown()
+    left = wait_for_exit(before, seconds=10)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, f"this module left processes behind: {left}"
+
+
+def processes_of(node: Any) -> list[int]:
+    """A node's raylet and everything below it."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    parents = {}
+    for pid in our_processes():
+        with contextlib.suppress(OSError):
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    found, new = {raylet}, {raylet}
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found
+        found |= new
+    return sorted(found)
+
+
+def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(second_node: Any, tmp_path: Path) -> None:
+    job = trainer(
+        tmp_path / "frozen",
+        (1, 2),
+        {"loss": slowly(0.01)},
+        {"epochs": None, "steps": 10**6},
+        patience=Patience(silent_s=2),
+    )
+    job.scaling_config.resources_per_worker = {"CPU": 2}  # so one agent on each node
+    handle = job.start()
+    pids = {}
+    frozen: list[int] = []
+    zombie, state = "", "waiting for two"
+    for event in handle.events():
+        if isinstance(event, AgentStarted):
+            pids[event.agent] = event.pid
+        if isinstance(event, GenerationFormed) and len(event.agents) == 2 and state == "waiting for two":
+            state = "both at work"
+        elif isinstance(event, Progress) and state == "both at work":
+            frozen = processes_of(second_node)
+            zombie = next(agent for agent, pid in pids.items() if pid in frozen)
+            for pid in frozen:
+                os.kill(pid, signal.SIGSTOP)
+            state = "frozen"
+        elif isinstance(event, Progress) and state == "left behind":
+            for pid in frozen:
+                os.kill(pid, signal.SIGCONT)
+            state = "thawed"
+        elif isinstance(event, FirstStep) and state == "frozen":
+            state = "left behind"
+        elif isinstance(event, GenerationFormed) and state == "thawed" and len(event.agents) == 2:
+            handle.stop()
+            state = "whole again"
+    result = handle.result()
+    assert state == "whole again"
+    assert result.metrics is not None
+    alone = trainer(tmp_path / "alone", 1, {"loss": loss}, {"epochs": None, "steps": result.metrics["steps"]}).fit()
+    assert digest(result) == digest(alone)
+    assert_every_row_once(result, result.metrics["steps"] // 7)
+    gone = next(e for e in read_events(result) if isinstance(e, AgentGone) and e.agent == zombie)
+    assert "nothing was heard from node" in gone.reason
+    # The agent that was left behind goes away by itself once it can run again.
+    deadline = time.monotonic() + 20
+    while pids[zombie] in our_processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pids[zombie] not in our_processes()
