@@ -1,12 +1,12 @@
-"""``python -m benchmarks [exchange] [start] [membership]``: run them, print tables, and put them into the README."""
+"""``python -m benchmarks [exchange] [start] [membership] [recovery]``: run them, print tables, and put them into the README."""
 
 import re
 import sys
 from pathlib import Path
 
-from benchmarks import exchange, membership, start
+from benchmarks import exchange, membership, recovery, start
 
-ALL = {"exchange": exchange.run, "start": start.run, "membership": membership.run}
+ALL = {"exchange": exchange.run, "start": start.run, "membership": membership.run, "recovery": recovery.run}
 README = Path(__file__).parent.parent / "README.md"
 
 

@@ -61,6 +61,10 @@ def _span(text: str) -> tuple[int, int]:
     return span
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.__stdout__, flush=True)
+
+
 class Soak:
     """The undisturbed runs, then the others."""
 
@@ -68,8 +72,8 @@ class Soak:
         # Ray reads its environment when it is imported, which these modules do.
         from benchmarks.soak_faults import Orders
         from benchmarks.soak_jobs import JOBS
+        from benchmarks.soak_look import Size
         from benchmarks.soak_report import Findings
-        from benchmarks.soak_run import Size
 
         self._given, self._folder = given, folder
         names = list(JOBS) if given.job == "both" else [given.job]
@@ -84,7 +88,7 @@ class Soak:
 
     def run(self) -> bool:
         """Returns whether all went well."""
-        from benchmarks.soak_run import Size
+        from benchmarks.soak_look import Size
 
         self._began = time.time()
         number = 0
@@ -92,9 +96,9 @@ class Soak:
             self._disturbed(number, self._jobs[number % len(self._jobs)])
             number += 1
         self._found.driver = (self._first_size, Size.of("self"))
-        print(flush=True)
+        _say("")
         for line in self._found.table():
-            print(line, flush=True)
+            _say(line)
         return not self._found.troubles
 
     def _more(self, struck: int) -> bool:
@@ -109,7 +113,7 @@ class Soak:
         assert result.metrics is not None
         digest = result.metrics["weights_digest"][:16]
         seconds = time.time() - begun
-        print(f"{job.name}, undisturbed: {self._given.steps} steps in {seconds:.1f} s, weights {digest}", flush=True)
+        _say(f"{job.name}, undisturbed: {self._given.steps} steps in {seconds:.1f} s, weights {digest}")
         return result
 
     def _disturbed(self, number: int, job: Job) -> None:
@@ -120,40 +124,41 @@ class Soak:
 
         audit = self._given.agents[1] >= 3 and number // len(self._jobs) % 2 == 1
         name = f"{job.name}-{number}"
-        print(f"{name}, seed {self._given.seed}.{number}{', audited' if audit else ''}:", flush=True)
+        _say(f"{name}, seed {self._given.seed}.{number}{', audited' if audit else ''}:")
         trainer = job.trainer(self._given.steps, self._given.agents, audit, str(self._folder), name)
-        run = DisturbedRun(trainer, self._orders, Random(f"{self._given.seed}.{number}"), audit, self._tell)
-        trouble = None
+        random = Random(f"{self._given.seed}.{number}")
+        run = DisturbedRun(trainer, self._orders, random, self._given.agents, self._tell)
         try:
             run.run(lambda: self._more(len(run.strikes)))
-            trouble = difference(run.handle.result(), self._references[job.name])
+            if wrong := difference(run.handle.result(), self._references[job.name]):
+                run.troubles.append(wrong)
         except TrainingFailedError as error:
-            trouble = str(error)
+            run.troubles.append(str(error))
         except Hung as error:
-            trouble = str(error)
+            run.troubles.append(str(error))
             _dump(run)
         except BaseException:
             _interrupt(run)
             raise
         self._found.add(run)
-        if trouble is None:
-            shutil.rmtree(self._folder / name)
-        else:
-            self._failed += 1
+        self._failed += bool(run.troubles)
+        for trouble in run.troubles:
             self._found.troubles.append(f"{name}: {trouble}; its folder is {self._folder / name}")
-            print(self._found.troubles[-1], flush=True)
+            _say(self._found.troubles[-1])
+        if not run.troubles:
+            shutil.rmtree(self._folder / name)
 
     def _tell(self, strike: Strike) -> None:
         gap = f"{strike.gap_s:.2f} s" if strike.gap_s is not None else "–"
         seconds = strike.time - self._began
-        print(f"  {seconds:7.2f} s  {strike.kind.name:24} {strike.victim:10} {strike.where:32} {gap}", flush=True)
+        _say(f"  {seconds:7.2f} s  {strike.kind.name:24} {strike.victim:10} {strike.where:32} {gap}")
 
 
 def _dump(run: DisturbedRun) -> None:
     """Print all that is known of a run that hangs, and end it."""
     for line in run.dump():
-        print(line, flush=True)
-    faulthandler.dump_traceback(sys.stdout)
+        _say(line)
+    faulthandler.dump_traceback(sys.__stdout__)
     _interrupt(run)
 
 
@@ -188,7 +193,7 @@ def _cluster() -> Iterator[Path]:
             logging_level="ERROR",
         )
         ray.data.DataContext.get_current().enable_progress_bars = False
-        with open(folder / "ray.txt", "w") as file, contextlib.redirect_stderr(file):  # Ray's words on each death
+        with open(folder / "ray.txt", "w") as file, contextlib.redirect_stdout(file):  # Ray's words on each death
             yield folder
     finally:
         ray.shutdown()

@@ -9,7 +9,8 @@ from typing import Any
 
 from ray.train import Result
 
-from benchmarks.soak_run import DisturbedRun, Size, Strike
+from benchmarks.soak_look import Size
+from benchmarks.soak_run import DisturbedRun, Strike
 from ray_dnn.ledger import Ledger
 from ray_dnn.testing import read_ledger
 
@@ -67,6 +68,7 @@ class Findings:
     runs: int = 0
     recoveries: int = 0
     started: int = 0
+    checkpoints: int = 0
     sizes: list[tuple[Size, Size]] = field(default_factory=list)
     unasked: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Findings:
         self.strikes += run.strikes
         self.recoveries += run.recoveries
         self.started += run.started
+        self.checkpoints += run.checkpoints
         self.sizes += run.sizes.values()
         self.unasked += run.unasked
 
@@ -89,7 +92,8 @@ class Findings:
             yield _row(name, [s for s in self.strikes if s.kind.name == name])
         yield _row("all", self.strikes)
         yield ""
-        yield f"{self.runs} runs, {self.recoveries} recoveries, {self.started} agents started"
+        counts = f"{self.runs} runs, {self.recoveries} recoveries, {self.started} agents started"
+        yield f"{counts}, {self.checkpoints} checkpoints asked for and written"
         for text in self.unasked:
             yield f"gone without a fault: {text}"
         if self.sizes:

@@ -19,7 +19,20 @@ from dataclasses import dataclass
 from random import Random
 
 from benchmarks.soak_faults import AGAIN, EARLY, KILL, KINDS, NEWCOMER, STEP, STOP, TWO, Claimed, Kind, Orders
-from ray_dnn.events import AgentGone, AgentStarted, Event, FirstStep, GenerationFormed, RunStarted
+from benchmarks.soak_look import Living, Size, everything
+from ray_dnn import load_weights
+from ray_dnn.errors import RayDnnError
+from ray_dnn.events import (
+    AgentGone,
+    AgentStarted,
+    Decided,
+    Event,
+    FirstStep,
+    GenerationFormed,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+)
 from ray_dnn.testing import Fault
 from ray_dnn.trainer import Handle, Trainer
 
@@ -30,6 +43,8 @@ _ORDER_S, _RARE_ORDER_S = 4.0, 12.0  # how long an order stands
 _AGAIN_S = 0.05  # at most, from the news of a death to the next one
 _LOOK_S = 1.0
 _MOST_FALSE_STARTS = 2  # newcomers struck in a row: the driver waits longer after each
+_WISHES_S = (4.0, 10.0)  # between two
+_ANSWER_S = 5.0  # to a wish, when the run has ended
 _HANGS_S = 60.0  # without a committed step
 _NOTICED_S = 30.0  # until an agent that was struck down is gone
 
@@ -58,47 +73,6 @@ class Strike:
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a process: resident memory in MiB, and open descriptors."""
-
-    mib: float
-    descriptors: int
-
-    @classmethod
-    def of(cls, pid: int | str) -> Size:
-        """Raises OSError where it has ended."""
-        with open(f"/proc/{pid}/statm") as file:
-            pages = int(file.read().split()[1])
-        return cls(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd")))
-
-
-@dataclass
-class Living:
-    """An agent that is there, as far as the event log says.
-
-    Attributes:
-        process: a descriptor of it, which stays its own.
-        holds, doomed: see the module.
-        sizes: at its first committed step and at the last look.
-    """
-
-    name: str
-    pid: int
-    process: int
-    holds: bool = False
-    doomed: float | None = None  # since when
-    sizes: tuple[Size, Size] | None = None
-
-    def send(self, number: int) -> bool:
-        """Send a signal. Returns False where the process has ended."""
-        try:
-            signal.pidfd_send_signal(self.process, number)
-        except ProcessLookupError:
-            return False
-        return True
-
-
-@dataclass(frozen=True)
 class Order:
     """An order that has not been carried out."""
 
@@ -115,12 +89,21 @@ class DisturbedRun:
         sizes: of agents at their first step and when they were last looked at, by name.
         unasked: agents that went although no fault had struck them, and why.
         started: agents.
+        checkpoints: that were asked for, written, and read again.
         recoveries: generations formed after a loss or a broken connection.
+        troubles: what must not happen.
     """
 
-    def __init__(self, trainer: Trainer, orders: Orders, random: Random, audit: bool, tell: Callable[[Strike], None]):
+    def __init__(
+        self,
+        trainer: Trainer,
+        orders: Orders,
+        random: Random,
+        agents: tuple[int, int],
+        tell: Callable[[Strike], None],
+    ):
         self._orders, self._random, self._tell = orders, random, tell
-        self._kinds = [kind for kind in KINDS if audit or not kind.audit]
+        self._kinds = [kind for kind in KINDS if trainer.audit or not kind.audit]
         self._living: dict[str, Living] = {}
         self._generation: GenerationFormed | None = None  # the newest one
         self._formed: dict[int, GenerationFormed] = {}
@@ -131,6 +114,10 @@ class DisturbedRun:
         self._again: str | None = None  # when this agent's death is known, the next one dies
         self._false_starts = 0  # newcomers struck since one has come to train
         self._struck: set[str] = set()
+        self._agents = agents
+        self._size = agents[1]  # that was last asked for
+        self._wish_at = self._due + _WISHES_S[1]
+        self._asking: list[threading.Thread] = []
         self._ledger = ""
         self._ledger_bytes = 0
         self._moved = time.monotonic()  # when the ledger last grew
@@ -139,7 +126,8 @@ class DisturbedRun:
         self.events: list[Event] = []
         self.sizes: dict[str, tuple[Size, Size]] = {}
         self.unasked: list[str] = []
-        self.started = self.recoveries = 0
+        self.started = self.recoveries = self.checkpoints = 0
+        self.troubles: list[str] = []
         orders.clear()
         self.handle: Handle = trainer._start({}, orders)
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
@@ -154,9 +142,12 @@ class DisturbedRun:
         try:
             while self._hear():
                 self._take_claims()
-                if self._again is None and self._formed and more():
-                    self._strike()
+                if self._formed and more():
+                    self._wish()
+                    if self._again is None:
+                        self._strike()
                 self._look()
+            self._end_wishes()
         finally:
             for living in self._living.values():
                 os.close(living.process)
@@ -189,9 +180,9 @@ class DisturbedRun:
             with contextlib.suppress(ProcessLookupError):
                 self._living[event.agent] = Living(event.agent, event.pid, os.pidfd_open(event.pid))
         elif isinstance(event, GenerationFormed):
-            if self._generation is not None and not event.joined and not event.left:
-                self.recoveries += 1
             self._generation = self._formed[event.generation] = event
+        elif isinstance(event, Decided):
+            self.recoveries += event.kind == "recover"
         elif isinstance(event, FirstStep):
             self._on_first_step(event)
         elif isinstance(event, AgentGone):
@@ -320,6 +311,36 @@ class DisturbedRun:
             strike.told = True
             self._tell(strike)
 
+    # -- wishes --------------------------------------------------------------------------------------------------------
+
+    def _wish(self) -> None:
+        """Now and then ask for another number of agents, or for a checkpoint, as a user may at any time."""
+        if time.monotonic() < self._wish_at:
+            return
+        self._wish_at = time.monotonic() + self._random.uniform(*_WISHES_S)
+        if self._random.random() < 0.5:
+            thread = threading.Thread(target=self._checkpoint, name="soak-checkpoint", daemon=True)
+            self._asking.append(thread)
+            thread.start()
+        else:
+            least, most = self._agents
+            self._size = self._random.randint(max(2, least), most) if self._size == most else most
+            self.handle.resize(self._size)
+
+    def _checkpoint(self) -> None:
+        try:
+            load_weights(self.handle.checkpoint())
+            self.checkpoints += 1
+        except RayDnnError as error:
+            if not any(isinstance(event, RunFinished | RunFailed) for event in self.events):
+                self.troubles.append(f"a checkpoint was not written: {error}")
+
+    def _end_wishes(self) -> None:
+        for thread in self._asking:
+            thread.join(_ANSWER_S)
+            if thread.is_alive():
+                self.troubles.append("a checkpoint was asked for, and the run has ended without an answer")
+
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
@@ -345,21 +366,7 @@ class DisturbedRun:
         """All that is known, line by line."""
         for event in self.events[-60:]:
             yield f"{event.time:.3f} {event.text()}"
-        driver = self.handle._driver
-        for name, value in vars(driver).items():
-            yield f"driver {name} = {repr(value)[:400]}"
-        for replica in driver._fleet.replicas.values():
-            yield f"replica {replica.name}: {replica.stage}, proven {replica.proven}"
-        for agent in driver._guard._agents.values():
-            yield f"seen: {agent.sight}"
-        for living in self._living.values():
-            with contextlib.suppress(OSError):
-                os.kill(living.pid, signal.SIGUSR1)
-        time.sleep(1.0)
-        for living in self._living.values():
-            with contextlib.suppress(OSError):
-                yield f"--- {living.name}, pid {living.pid}, {'doomed' if living.doomed else 'not struck'}"
-                yield (self._orders.folder / f"stacks-{living.name}").read_text()
+        yield from everything(self.handle, self._living.values(), self._orders.folder)
 
 
 def _where(claimed: Claimed) -> str:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_dnn.checkpoint import load_weights
-    from ray_dnn.config import Loss, TrainConfig, TrainSpec
+    from ray_dnn.config import Audit, Loss, TrainConfig, TrainSpec
     from ray_dnn.errors import RayDnnError
     from ray_dnn.liveness import Patience
     from ray_dnn.strategies import Batch, Combined, Contribution, DataParallel, Strategy
     from ray_dnn.trainer import Handle, Trainer
 
 __all__ = [
+    "Audit",
     "Batch",
     "Combined",
     "Contribution",
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 # Public name -> the module that it is loaded from when it is first asked for. Every process of a run imports this
 # package, and most need little of it: an agent no Ray Train, a watcher not even torch, which take seconds to import.
 _HOMES = {
+    "Audit": "config",
     "Batch": "strategies",
     "Combined": "strategies",
     "Contribution": "strategies",

@@ -17,17 +17,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_dnn.liveness import Patience, Sight, judge
+from ray_dnn.liveness import Patience, Sight, judge, silence_limit
 from ray_dnn.loop import Loop
 from ray_dnn.watcher import Watcher
 
 _LOOK_S = 1.0  # that a watcher takes for an answer when there is nothing new
 _TICK_S = 0.5
 _TICK_MAX_S = 1.0  # most that one tick counts, however late it comes
-# A watcher that has been slow, because others keep all of its cores busy, may be slower by this factor before it is
-# taken for silent; how slow it was fades with every answer.
-_SLOWER = 5.0
-_FADING = 0.98
+_FADING = 0.98  # with every answer, of how slow earlier ones were
 _AGAIN_S = 1.0  # before a watcher that died is started again; then ever more rarely
 _AGAIN_MAX_S = 60.0
 _UNSEEN_S = 5.0  # before an agent that cannot be watched is worth a word; a dead one is gone by then
@@ -45,6 +42,7 @@ class _Agent:
     identity: tuple[int, int, int]  # pid, start and status descriptor of its process
     sight: Sight | None = None  # the last one; None until there is one, and always if it cannot be seen
     judged: bool = False  # once true, no verdict on it is given any more
+    killed: bool = False  # whether its watcher was told to end it: calls to a watcher may overtake each other
 
 
 @dataclass
@@ -105,12 +103,13 @@ class Guard:
         self._told.pop(name, None)
         agent = self._agents.pop(name, None)
         if agent is not None and agent.node.watcher is not None:
-            agent.node.watcher.forget.remote(name)
+            agent.node.watcher.forget.remote(name, agent.killed)
 
     def kill(self, name: str) -> None:
         """End an agent's process, also a stopped one; nothing happens where it is not watched."""
         agent = self._agents.get(name)
         if agent is not None and agent.node.watcher is not None:
+            agent.killed = True
             agent.node.watcher.kill.remote(name)
 
     def in_generation(self, names: Collection[str]) -> None:
@@ -248,7 +247,8 @@ class Guard:
 
     def _judge_silence(self) -> None:
         for node in list(self._nodes.values()):
-            limit = max(self._patience.silent_s, _SLOWER * node.slowest_s) if node.heard else self._patience.start_s
+            usual = silence_limit(node.slowest_s, self._patience)
+            limit = usual if node.heard else self._patience.start_s
             if not node.looking or node.silent_s < limit:
                 continue
             self._end(node)  # should only the watcher hang, the next agents there get another one

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 from ray_dnn.errors import ConfigError
 from ray_dnn.phases import UNTIL_READY, Patient, Phase, Status
 
+_SLOWER = 5.0  # than it has been of late a watcher may be, before it is taken for silent
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -25,7 +27,7 @@ class Patience:
         idle_s: for an agent that should compute, and neither computes nor waits for a core.
         busy_s: for one phase of a step, even though the agent burns CPU: an endless loop looks like that, and so does
             a step that is simply long. The time for which it waits for a core is not counted.
-        silent_s: for any word from a node.
+        silent_s: for any word from a node; longer for one that has been slow to answer.
         stalled_s: when all agents wait for each other and no byte moves between them.
         start_s: for a new agent to be ready: its model built or downloaded, its first contribution computed.
     """
@@ -138,3 +140,12 @@ def _stalled(members: list[Sight], patience: Patience, told: Mapping[str, Sight]
         return [Verdict(s.name, f"{text} {s.status.text()} for {s.still_s:.0f} s") for s in deaf]
     where = ", ".join(sorted({s.status.phase.value for s in members}))
     return [Verdict(None, f"all agents wait for each other ({where}), and nothing has moved for {waited:.0f} s")]
+
+
+def silence_limit(slowest_s: float, patience: Patience) -> float:
+    """How long a node may be silent that took up to ``slowest_s`` to answer of late.
+
+    Where others keep all cores busy, a watcher that runs at Ray's low priority answers late, and ever later as the load
+    grows (measured: after up to 7 s, with 12 busy loops and 5 busy agents on 2 cores).
+    """
+    return max(patience.silent_s, _SLOWER * slowest_s)

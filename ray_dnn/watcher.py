@@ -14,13 +14,26 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
 
 from ray_dnn.liveness import Patience, Sight
 from ray_dnn.phases import STATUS_BYTES, UNTIL_READY, Status
+from ray_dnn.processes import (
+    DEAD,
+    DISK,
+    RUNNABLE,
+    STOPPED,
+    TICKS_PER_S,
+    Process,
+    Stat,
+    own_start,
+    survey_below,
+    thread_states,
+)
+
+__all__ = ["StatusMemory", "Watcher", "own_start"]
 
 PERIOD_S = 0.1  # between two samples
 _GAP_S = 0.5  # most that one sample counts
@@ -31,8 +44,6 @@ _FULL = 0.9  # of a core; who uses it has not waited for it
 # time forgiven. On a busy machine Ray's own threads in a deadlocked worker wait for a core in up to half of all looks
 # (measured: 12 busy loops on 2 cores), those of one that computes in all of them.
 _FORGIVEN = 0.5
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_RUNNABLE, _DISK, _STOPPED, _DEAD = "R", "D", "T", ("Z", "X", "x")  # states in proc(5)
 
 
 class StatusMemory:
@@ -52,78 +63,10 @@ class StatusMemory:
         status.write(self._memory)
 
 
-def own_start() -> int:
-    """When this process was started, in ticks since the machine was: with its number, its identity on the machine."""
-    with open("/proc/self/stat", "rb") as file:
-        return _Stat(file.read()).started
-
-
-class _Stat:
-    """What proc(5) calls /proc/pid/stat. The command's name is in parentheses and may hold anything."""
-
-    def __init__(self, line: bytes):
-        rest = line.rpartition(b")")[2].split()  # from field 3 on
-        self.state = rest[0].decode()
-        self.cpu = sum(map(int, rest[11:15]))  # ticks, with those of children that it has waited for
-        self.started = int(rest[19])
-
-
-class _Process:
-    """A process that stays the same one, whoever gets its number later."""
-
-    def __init__(self, pid: int):
-        self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
-
-    def open(self, path: str, flags: int = os.O_RDONLY) -> int:
-        return os.open(path, flags, dir_fd=self._folder)
-
-    def read(self, path: str) -> bytes:
-        fd = self.open(path)
-        try:
-            return os.read(fd, 65536)
-        finally:
-            os.close(fd)
-
-    def threads(self) -> list[str]:
-        fd = self.open("task", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            return os.listdir(fd)
-        finally:
-            os.close(fd)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._folder, signal.SIGKILL)
-
-    def close(self) -> None:
-        os.close(self._folder)
-
-
-def _survey(process: _Process) -> tuple[set[str], int]:
-    """The states of a process's threads, and the CPU that the processes below it have used.
-
-    The latter and their states are looked at only where the process itself has no thread that could run.
-    """
-    states, cpu, threads = set(), 0, process.threads()
-    for thread in threads:
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            states.add(_Stat(process.read(f"task/{thread}/stat")).state)
-            if _RUNNABLE in states:
-                return states, cpu
-    for thread in threads:
-        with contextlib.suppress(OSError):
-            for child in process.read(f"task/{thread}/children").split():
-                with contextlib.closing(_Process(int(child))) as below:
-                    more_states, more_cpu = _survey(below)
-                    states |= more_states
-                    cpu += _Stat(below.read("stat")).cpu + more_cpu
-    return states, cpu
-
-
 class _Watched:
     """One agent, and what was counted about it."""
 
-    def __init__(self, name: str, process: _Process, memory: int):
+    def __init__(self, name: str, process: Process, memory: int):
         self._name, self._process, self._memory = name, process, memory
         self.there = True
         self.stopped = False  # once true, it stays so: the agent is to die
@@ -147,10 +90,10 @@ class _Watched:
         status, before = self._read(), self._status
         self._status = status
         try:
-            stat = _Stat(self._process.read("stat"))
+            stat = Stat(self._process.read("stat"))
         except OSError:
             stat = None
-        if stat is None or stat.state in _DEAD:
+        if stat is None or stat.state in DEAD:
             self.there = False
             return True
         if status != before:
@@ -164,32 +107,38 @@ class _Watched:
     def _measure(self, cpu: int) -> None:
         """At the end of a window in which it has not moved, count what it did in it, and begin the next one."""
         window_s = self._window_s
-        burned, states = cpu - self._window_cpu, {_RUNNABLE}
+        burned, states = cpu - self._window_cpu, {RUNNABLE}
         self._window_s, self._window_cpu = 0.0, cpu
-        if burned / _TICKS_PER_S < _FULL * window_s:
+        if burned / TICKS_PER_S < _FULL * window_s:
             states, below = self._survey()
-            burned, self._below_cpu = burned + below - self._below_cpu, below
-        burned_s = min(max(0, burned) / _TICKS_PER_S, window_s)
-        if burned_s > _BURNING * window_s or (_DISK in states and _RUNNABLE not in states):
+            burned += below
+        burned_s = min(burned / TICKS_PER_S, window_s)
+        if burned_s > _BURNING * window_s or (DISK in states and RUNNABLE not in states):
             self._idle_s = 0.0
-        elif _RUNNABLE in states:
+        elif RUNNABLE in states:
             self._idle_s = max(0.0, self._idle_s - _FORGIVEN * window_s)
         else:
             self._idle_s += window_s
-        counted_s = burned_s if _RUNNABLE in states else window_s
+        counted_s = burned_s if RUNNABLE in states else window_s
         self._still_s += counted_s
         if self._status.phase in UNTIL_READY:
             self._starting_s += counted_s
 
     def _survey(self) -> tuple[set[str], int]:
+        """The states of its threads; if none could run, with those of the processes below it and their fresh CPU."""
         try:
-            return _survey(self._process)
+            states = thread_states(self._process)
+            if RUNNABLE in states:
+                return states, 0
+            more_states, cpu = survey_below(self._process)
         except OSError:
             return set(), 0  # it is dying, which the next sample sees
+        fresh, self._below_cpu = max(0, cpu - self._below_cpu), cpu
+        return states | more_states, fresh
 
     def _notice_stop(self, state: str, passed_s: float, patience: Patience) -> bool:
         """Count how long it is stopped. What stopped this process too does not count at all."""
-        if state != _STOPPED:
+        if state != STOPPED:
             self._stopped_s = -PERIOD_S  # the first sample that sees it stopped says nothing about the time before
             return False
         self._stopped_s += min(passed_s, PERIOD_S)
@@ -246,11 +195,12 @@ class Watcher:
             for thread in os.listdir("/proc/self/task"):
                 os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, kill: bool = False) -> None:
+        """Stop watching an agent; ``kill`` it where a call that asks for that may come too late."""
         with self._lock:
             watched = self._watched.pop(name, None)
             if watched is not None:
-                if watched.stopped:
+                if watched.stopped or kill:
                     watched.kill()
                 watched.close()
 
@@ -289,9 +239,9 @@ class Watcher:
 def _open(name: str, pid: int, started: int, status_fd: int) -> _Watched | None:
     """An agent, opened; None where the process of this number is another one."""
     with contextlib.ExitStack() as undo:
-        process = _Process(pid)
+        process = Process(pid)
         undo.callback(process.close)
-        if _Stat(process.read("stat")).started != started:
+        if Stat(process.read("stat")).started != started:
             return None
         memory = process.open(f"fd/{status_fd}")
         undo.callback(os.close, memory)

@@ -8,6 +8,8 @@ unchanged number replaces the oldest replica, so that state is passed on more th
 Agents are forked from a process in which torch is loaded under the numerics profile and nothing has run. They serve one
 run after another, as an agent of a long run would have a past. Every wait is bounded; an agent's exception is raised
 in the caller with the agent's traceback as a note; agents of a run that failed are killed.
+
+`tests.losses` has runs that lose agents and go on.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -42,16 +45,21 @@ from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.probe import FirstContribution, first_contribution
-from ray_dnn.engine.reports import Report, StepReport
+from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
+from ray_dnn.engine.round import Round
 from ray_dnn.engine.state import TrainingState
 from ray_dnn.engine.step import Engine
 from ray_dnn.engine.train import train
 from ray_dnn.engine.transfer import agree
 from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup
+from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan, lay
 from ray_dnn.sampler import RowOrder, Rows, Schedule, rows_of_job
 from ray_dnn.strategies import DataParallel, Strategy
+
+if TYPE_CHECKING:
+    from ray_dnn.faults import Fault
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120.0
@@ -115,19 +123,50 @@ def contributor(job: Job) -> Contributor:
 
 @dataclass(frozen=True)
 class Place:
-    """An agent's place in a generation. ``until``: the step before which it ends; None: the job's end."""
+    """An agent's place in a generation.
+
+    Attributes:
+        names, addresses: of its members, by replica.
+        until: the step before which it ends; None: the job's end.
+        acknowledged: reports up to this serial have arrived at the caller.
+        struck: the faults that strike no more, by index.
+    """
 
     plan: Plan
     replica: int
+    names: tuple[str, ...]
     addresses: tuple[Address, ...]
-    until: int | None
+    until: int | None = None
+    acknowledged: int = 0
+    struck: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a generation ended early.
+
+    Attributes:
+        kind: the exception's name.
+        names: the agents that are to blame: at the other end of a connection, or convicted.
+        late: see `ConvictedError`.
+    """
+
+    kind: str
+    text: str
+    names: tuple[str, ...] = ()
+    late: bool = False
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What an agent has after a generation. ``worker_states``: the workers whose states it holds, encoded.
+    """What an agent has after a generation.
 
-    ``lost``: why its generation ended early, or None.
+    Attributes:
+        reports: those that the caller has not acknowledged.
+        worker_states: the workers whose states it holds, encoded.
+        lost: why its generation ended early, or None.
+        copied: how often in its life it took over another agent's state.
+        caught_up: how often it committed what others had combined or evaluated.
     """
 
     reports: list[Report]
@@ -136,7 +175,16 @@ class Trained:
     state: str
     worker_states: dict[int, bytes]
     finished: bool
-    lost: str | None = None
+    lost: Lost | None
+    copied: int
+    caught_up: int
+
+
+@dataclass(frozen=True)
+class Struck:
+    """What an agent sends before a fault strikes it. ``index``: of the fault."""
+
+    index: int
 
 
 class Until:
@@ -152,16 +200,79 @@ class Until:
         return 1 if step == self._step else None
 
 
-class Agent:
-    """What runs in a process; the caller's requests are its methods."""
+class CountingEngine(Engine):
+    """Counts how often state came from elsewhere. ``copied``, ``caught_up``: see `Trained`."""
 
-    def open(self, secret: bytes) -> Address:
-        self._secret = secret
+    copied = 0
+    caught_up = 0
+
+    def load(self, tree: codec.Tree) -> None:
+        self.copied += 1
+        super().load(tree)
+
+    def commit(self, round_: Round) -> StepReport | None:
+        self.caught_up += self.marks.status.phase is Phase.COPYING
+        return super().commit(round_)
+
+    def evaluated(self, entry: dict[str, float]) -> EvaluationReport:
+        self.caught_up += self.marks.status.phase is Phase.COPYING
+        return super().evaluated(entry)
+
+
+class Agent:
+    """What runs in a process; the caller's requests are its methods.
+
+    Attributes:
+        going: set when the caller says `go`.
+    """
+
+    def __init__(self, tell: Callable[[Any], None] = lambda message: None):
+        self._tell = tell
+        self._lock = threading.Lock()  # guards the two below
+        self.mesh: Mesh | None = None  # of the present generation
+        self._over = -1  # generations up to this one are over
+        self._secret = b""
+        self.going = threading.Event()
+
+    # -- from the caller's other connection, while the main thread is at work ------------------------------------------
+
+    def abandon(self, secret: bytes, generation: int) -> None:
+        """Leave this generation and those before. ``secret``: of the run that it belongs to."""
+        with self._lock:
+            if secret != self._secret:
+                return  # it came late
+            self._over = max(self._over, generation)
+            if self.mesh is not None and self.mesh.generation <= generation:
+                self.mesh.abandon()
+
+    def go(self) -> None:
+        """Go on where a fault makes this agent wait."""
+        self.going.set()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def open(self, secret: bytes, name: str = "agent-1", faults: Sequence[Fault] = ()) -> Address:
+        with self._lock:
+            self._secret, self._over = secret, -1
+        self.name = name
         self._listener = Listener("127.0.0.1", secret)
         self._holds = False
         self._reports: list[Report] = []
+        self._struck: frozenset[int] = frozenset()
         self.marks = Marks()
+        self.engine: CountingEngine | None = None
+        self.going.clear()
+        if faults:
+            from ray_dnn.faults import FaultPlan  # which imports Ray
+
+            FaultPlan(faults, self._claim).arm(self)
         return self._listener.address
+
+    def _claim(self, index: int, agent: str) -> bool:
+        if index in self._struck:
+            return False
+        self._tell(Struck(index))
+        return True
 
     def build(self, make: Make, twice: bool) -> FirstContribution:
         job = make()
@@ -172,28 +283,35 @@ class Agent:
         if job.validation is not None:
             readers = {"validation": (Reader(job.validation), job.validation.num_rows)}
             evaluator = Evaluator(made.state, readers, made.source._collate)
-        self.engine = Engine(made, evaluator, ReplicaGroup(), first.metrics, self.marks, job.audit)
+        self.engine = CountingEngine(made, evaluator, ReplicaGroup(), first.metrics, self.marks, job.audit)
         self.engine.states.start()
         self._checked = job.audit is not None
         return first
 
     def train(self, place: Place) -> Trained:
         engine, plan = self.engine, place.plan
+        assert engine is not None
         # Until the first step everybody's state is the state as built: founders hold it.
         self._holds = self._holds or plan.number == 0
+        self._reports = [r for r in self._reports if r.serial > place.acknowledged]
+        self._struck = place.struck
+        with self._lock:
+            mesh = self.mesh = Mesh(plan.number, place.replica, plan.replicas, checked=self._checked)
+            if plan.number <= self._over:
+                mesh.abandon()
         self.marks.join(plan.number, place.replica)
-        mesh = self.mesh = Mesh(plan.number, place.replica, plan.replicas, checked=self._checked)
         lost = None
         try:
-            mesh.form(self._listener, self._secret, place.addresses, timeout_s=20)
-            agree(mesh, engine, self._holds, lambda: self._reports, self._reports.append)
-            self._holds = True
-            engine.states.settle(mesh, plan)
-            engine.enter(plan.number, mesh, plan, ("an agent",) * plan.replicas)
-            train(engine, Until(place.until), 0, False, self._reports.append)
-        except (PeerLostError, AbandonedError, ConvictedError) as error:
-            lost = f"{type(error).__name__}: {error}"
+            self._train(engine, mesh, place)
+        except PeerLostError as error:
+            lost = Lost(type(error).__name__, str(error), (place.names[error.peer],))
+        except AbandonedError as error:
+            lost = Lost(type(error).__name__, str(error))
+        except ConvictedError as error:
+            lost = Lost(type(error).__name__, str(error), tuple(place.names[r] for r in error.ranks), error.late)
         finally:
+            with self._lock:
+                self.mesh = None
             mesh.close()
         return Trained(
             self._reports,
@@ -203,22 +321,38 @@ class Agent:
             engine.states.export(),
             engine.finished,
             lost,
+            engine.copied,
+            engine.caught_up,
         )
 
+    def _train(self, engine: Engine, mesh: Mesh, place: Place) -> None:
+        self.marks.enter(Phase.FORMING, engine.state.step)
+        mesh.form(self._listener, self._secret, place.addresses)
+        agree(mesh, engine, self._holds, lambda: self._reports, self._reports.append)
+        self._holds = True
+        engine.states.settle(mesh, place.plan)
+        engine.enter(place.plan.number, mesh, place.plan, place.names)
+        train(engine, Until(place.until), 0, False, self._reports.append)
+        if engine.finished:
+            self.marks.enter(Phase.FINISHING, engine.state.step)
+
     def export(self) -> bytes:
+        assert self.engine is not None
         return codec.encode(self.engine.state.export())
 
     def close(self) -> None:
         self._listener.close()
-        del self.engine
+        self.engine = None
+        self.marks = Marks()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def _answer(connection: Connection) -> None:
+def _answer(connection: Connection, control: Connection) -> None:
     """Serve requests until the caller closes the connection."""
-    agent = Agent()
+    agent = Agent(connection.send)
+    threading.Thread(target=_listen, args=(agent, control), daemon=True).start()
     while True:
         try:
             method, args = connection.recv()
@@ -228,6 +362,13 @@ def _answer(connection: Connection) -> None:
             connection.send((getattr(agent, method)(*args), None))
         except BaseException as error:
             connection.send((None, _portable(error)))
+
+
+def _listen(agent: Agent, control: Connection) -> None:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            method, args = control.recv()
+            getattr(agent, method)(*args)
 
 
 def _portable(error: BaseException) -> tuple[BaseException, BaseException | None, str]:
@@ -247,28 +388,33 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as requests:
-        while (received := socket.recv_fds(requests, 1, 1))[0]:
-            (theirs,) = received[1]
+        while (received := socket.recv_fds(requests, 1, 2))[0]:
             if os.fork() == 0:
                 requests.close()
-                connection = Connection(theirs)
+                connection, control = map(Connection, received[1])
                 connection.send(os.getpid())
-                _answer(connection)
+                _answer(connection, control)
                 os._exit(0)
-            os.close(theirs)
+            for theirs in received[1]:
+                os.close(theirs)
 
 
 # -- the caller ------------------------------------------------------------------------------------------------------
 
 
-class _Process:
-    """One agent's process, from here."""
+class Process:
+    """One agent's process, from here.
+
+    Attributes:
+        connection: for requests and their answers.
+        control: for what its main thread need not be free for.
+    """
 
     def __init__(self, forker: socket.socket):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(forker, [b"x"], [theirs.fileno()])
-        self.connection = Connection(ours.detach())
+        (ours, theirs), (our_control, their_control) = socket.socketpair(), socket.socketpair()
+        with theirs, their_control:
+            socket.send_fds(forker, [b"x"], [theirs.fileno(), their_control.fileno()])
+        self.connection, self.control = Connection(ours.detach()), Connection(our_control.detach())
         self.pid = self._receive()
 
     def _receive(self) -> Any:
@@ -280,6 +426,7 @@ class _Process:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.connection.close()
+        self.control.close()
 
 
 class _Pool:
@@ -287,7 +434,7 @@ class _Pool:
 
     def __init__(self, isa: str, preload: tuple[str, ...]):
         config = TrainConfig(batch_size=1, epochs=1, cpu_isa=isa)  # type: ignore[arg-type]
-        self._idle: list[_Process] = []
+        self._idle: list[Process] = []
         self._forker, theirs = socket.socketpair()
         code = f"from tests.local import serve; serve({theirs.fileno()}, {(*_PRELOAD, *preload)!r})"
         with theirs:
@@ -302,9 +449,9 @@ class _Pool:
             )
 
     @contextlib.contextmanager
-    def borrow(self, count: int) -> Iterator[list[_Process]]:
-        """So many processes; killed where the block raises, else given back."""
-        taken = [self._idle.pop() if self._idle else _Process(self._forker) for _ in range(count)]
+    def borrow(self, count: int) -> Iterator[list[Process]]:
+        """So many processes; killed where the block raises, else given back: those that are still in the list."""
+        taken = [self._idle.pop() if self._idle else Process(self._forker) for _ in range(count)]
         try:
             yield taken
         except BaseException:
@@ -325,7 +472,8 @@ class _Pool:
 _pools: dict[tuple[str, tuple[str, ...]], _Pool] = {}
 
 
-def _pool(isa: str, preload: tuple[str, ...]) -> _Pool:
+def pool(isa: str, preload: tuple[str, ...]) -> _Pool:
+    """The processes of a profile, with these modules loaded."""
     if (isa, preload) not in _pools:
         _pools[isa, preload] = _Pool(isa, preload)
     return _pools[isa, preload]
@@ -338,7 +486,7 @@ def close() -> None:
         _pools.popitem()[1].close()
 
 
-def _ask(requests: Sequence[tuple[_Process, str, tuple[Any, ...]]]) -> list[Any]:
+def ask(requests: Sequence[tuple[Process, str, tuple[Any, ...]]]) -> list[Any]:
     """Send requests and wait for all answers. A lost peer is the consequence of another failure, which is raised."""
     for process, method, args in requests:
         process.connection.send((method, args))
@@ -362,8 +510,8 @@ def _ask(requests: Sequence[tuple[_Process, str, tuple[Any, ...]]]) -> list[Any]
 
 def call(job: Job, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in an agent's process of the job's profile."""
-    with _pool(job.config.isa, job.preload).borrow(1) as (process,):
-        return _ask([(process, "call", (function, *args))])[0]
+    with pool(job.config.isa, job.preload).borrow(1) as (process,):
+        return ask([(process, "call", (function, *args))])[0]
 
 
 @dataclass(frozen=True)
@@ -400,30 +548,41 @@ def run(make: Make, sizes: Mapping[int, int]) -> Run:
     generations = itinerary(sizes, one_by_one)
     count = 1 + max(max(members) for _, members in generations)
     ends = [step for step, _ in generations[1:]] + [None]
-    with _pool(job.config.isa, job.preload).borrow(count) as agents:
+    with pool(job.config.isa, job.preload).borrow(count) as agents:
         secret = secrets.token_bytes(32)
-        addresses = _ask([(a, "open", (secret,)) for a in agents])
-        firsts = _ask([(a, "build", (make, index == 0)) for index, a in enumerate(agents)])
+        addresses = ask([(a, "open", (secret,)) for a in agents])
+        firsts = ask([(a, "build", (make, index == 0)) for index, a in enumerate(agents)])
         assert len({first.digest for first in firsts}) == 1, "agents disagree about the first contribution"
         for number, ((_, members), until) in enumerate(zip(generations, ends, strict=True)):
             plan = lay(number, job.config.virtual_workers, speeds(number, len(members)))
-            there = tuple(addresses[m] for m in members)
-            requests = [(agents[m], "train", (Place(plan, r, there, until),)) for r, m in enumerate(members)]
-            trained = _ask(requests)
+            names, there = ("an agent",) * plan.replicas, tuple(addresses[m] for m in members)
+            requests = [(agents[m], "train", (Place(plan, r, names, there, until),)) for r, m in enumerate(members)]
+            trained = ask(requests)
             assert not any(t.lost for t in trained), [t.lost for t in trained]
             check_agreement(trained, [agents[m] for m in members])
             if trained[0].finished:
                 break
-        (tree,) = _ask([(agents[members[-1]], "export", ())])
-        _ask([(a, "close", ()) for a in agents])
-    last = trained[0]
-    states = {w: state for t in trained for w, state in t.worker_states.items()}
-    reports = last.reports
-    steps = tuple(map(bits, reports))
+        (tree,) = ask([(agents[members[-1]], "export", ())])
+        ask([(a, "close", ()) for a in agents])
+    return result(trained, trained[0].reports, tree, firsts[0])
+
+
+def result(trained: Sequence[Trained], reports: Sequence[Report], tree: bytes, first: FirstContribution) -> Run:
+    """What agents that agree have left behind."""
     assert [r.serial for r in reports] == list(range(1, len(reports) + 1))
-    history = json.dumps(last.history)
-    taken = tuple(r for r in reports if isinstance(r, StepReport))
-    return Run(steps, history, last.weights, last.state, dict(sorted(states.items())), tree, taken, firsts[0])
+    states: dict[int, bytes] = {}
+    for agent in trained:
+        assert all(states.setdefault(w, state) == state for w, state in agent.worker_states.items())
+    return Run(
+        tuple(map(bits, reports)),
+        json.dumps(trained[0].history),
+        trained[0].weights,
+        trained[0].state,
+        dict(sorted(states.items())),
+        tree,
+        tuple(r for r in reports if isinstance(r, StepReport)),
+        first,
+    )
 
 
 def itinerary(sizes: Mapping[int, int], one_by_one: bool) -> list[tuple[int, tuple[int, ...]]]:
@@ -450,13 +609,13 @@ def speeds(generation: int, replicas: int) -> list[float]:
     return [1.0 + (3 * r + 5 * generation) % 4 * bool(generation) for r in range(replicas)]
 
 
-def check_agreement(trained: Sequence[Trained], agents: Sequence[_Process]) -> None:
+def check_agreement(trained: Sequence[Trained], agents: Sequence[Process]) -> None:
     """Fail, naming the first place that differs, where members of a generation do not agree."""
     for other, agent in zip(trained[1:], agents[1:], strict=True):
         assert [bits(r) for r in other.reports] == [bits(r) for r in trained[0].reports]
         assert json.dumps(other.history) == json.dumps(trained[0].history)
         if (other.state, other.weights) != (trained[0].state, trained[0].weights):
-            one, two = (codec.decode(raw) for raw in _ask([(a, "export", ()) for a in (agents[0], agent)]))
+            one, two = (codec.decode(raw) for raw in ask([(a, "export", ()) for a in (agents[0], agent)]))
             raise AssertionError(f"agents of one generation differ in {codec.first_difference(one, two)}")
 
 

@@ -22,10 +22,11 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 
 import ray_dnn
 from jobs import language_model
-from ray_dnn import TrainConfig, Trainer, TrainSpec, errors, testing
+from ray_dnn import Audit, Patience, TrainConfig, Trainer, TrainSpec, errors, testing
 from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
 from ray_dnn.events import KINDS
+from ray_dnn.phases import Phase
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -189,16 +190,24 @@ def test_everything_public_is_mentioned() -> None:
     assert missing(ray_dnn.__all__, *everywhere) == []
     handle = [name for name, _ in inspect.getmembers(ray_dnn.Handle, inspect.isfunction) if name[0] != "_"]
     assert missing(handle, "docs/tutorial.md") == []
-    helpers = [
-        name for name, f in vars(testing).items() if name[0] != "_" and getattr(f, "__module__", "") == testing.__name__
-    ]
-    assert len(helpers) >= 4
-    assert missing(helpers, "docs/tutorial.md", "docs/operations.md") == []
+    assert missing(testing.__all__, "docs/tutorial.md", "docs/operations.md") == []
 
 
-@pytest.mark.parametrize("kind", [TrainSpec, TrainConfig])
+@pytest.mark.parametrize("kind", [Trainer, TrainSpec, TrainConfig])
 def test_every_field_of_a_job_is_in_the_tables(kind: Any) -> None:
     assert missing([f.name for f in fields(kind)], "docs/tutorial.md") == []
+
+
+@pytest.mark.parametrize("kind", [Patience, Audit])
+def test_every_limit_is_in_the_tables_with_its_default(kind: Any) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    told = {name: float(default) for name, default in rows}
+    assert told.items() >= {f.name: float(f.default) for f in fields(kind)}.items()
+
+
+def test_every_phase_that_a_fault_can_strike_at_is_in_the_table() -> None:
+    told = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs/tutorial.md").read_text(), re.MULTILINE)
+    assert {phase.value for phase in Phase} - set(told) == {"ready", "gathering"}  # which are nobody's turn
 
 
 def test_every_event_error_and_variable_is_in_the_tables() -> None:

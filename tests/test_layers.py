@@ -19,6 +19,7 @@ LAYERS = {
     "sampler": 1,
     "ledger": 1,
     "phases": 1,
+    "processes": 1,
     "marks": 1,
     "liveness": 1,
     "setbacks": 1,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_dnn.errors import ConfigError
-from ray_dnn.liveness import Patience, Sight, Verdict, judge
+from ray_dnn.liveness import Patience, Sight, Verdict, judge, silence_limit
 from ray_dnn.phases import STATUS_BYTES, UNTIL_READY, Patient, Phase, Status
 
 examples = settings(deadline=None, derandomize=True, max_examples=200)
@@ -132,6 +132,13 @@ def test_whatever_agents_do_none_can_hang_for_good(view: list[Sight], patience: 
         there = [s for s in there if s.name not in gone]
         generation -= gone  # type: ignore[arg-type]
     assert all(s.status.phase is Phase.READY for s in there)
+
+
+@examples
+@given(seconds, patiences)
+def test_a_node_that_was_slow_is_waited_for_longer(slowest: float, patience: Patience) -> None:
+    assert silence_limit(slowest, patience) >= max(patience.silent_s, 3 * slowest)
+    assert silence_limit(0.0, patience) == patience.silent_s
 
 
 def test_verdicts_say_what_was_seen() -> None:

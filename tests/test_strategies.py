@@ -9,9 +9,9 @@ from jobs_for_tests import assert_every_row_once, digest, loss, trainer
 from strategies_for_tests import CountingLocalSGD, ErrorFeedback, LocalSGD
 from torch import nn
 
-from ray_dnn.events import GenerationFormed
+from ray_dnn.events import AgentGone, GenerationFormed
 from ray_dnn.parallel import ColumnParallelLinear, RowParallelLinear
-from ray_dnn.testing import fit_resizing, read_events
+from ray_dnn.testing import Kill, fit_resizing, fit_with_faults, read_events
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -29,6 +29,14 @@ def test_mirrored_worker_state_moves_with_its_worker(tmp_path: Path) -> None:
     moving = fit_resizing(trainer(tmp_path / "moving", (2, 4), strategy=ErrorFeedback()), {0: 3, 2: 4, 5: 2, 8: 4})
     assert digest(two) == digest(moving)
     assert_every_row_once(moving)
+
+
+def test_mirrored_worker_state_outlives_its_host(tmp_path: Path) -> None:
+    two = trainer(tmp_path / "two", 2, strategy=ErrorFeedback()).fit()
+    faults = [Kill("exchange-middle", step=3, rank=1), Kill("exchange-last", step=8, rank=0)]
+    result = fit_with_faults(trainer(tmp_path / "faulty", (2, 3), strategy=ErrorFeedback()), faults, {0: 3, 8: 3})
+    assert digest(two) == digest(result)
+    assert_every_row_once(result)
 
 
 def test_mirrored_worker_state_without_a_place_for_the_mirror_is_refused(tmp_path: Path) -> None:
@@ -75,6 +83,16 @@ def test_replicas_of_two_agents_run_through_the_same_engine(tmp_path: Path) -> N
     assert one.metrics is not None
     assert whole.metrics is not None
     assert one.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
+
+
+def test_a_replica_of_two_agents_dies_with_one_of_them(tmp_path: Path) -> None:
+    one = divided(tmp_path / "one", 2).fit()
+    faults = [Kill("computing", step=3, rank=1), Kill("exchange-last", step=8, rank=0)]
+    result = fit_with_faults(divided(tmp_path / "faulty", (2, 4)), faults, {0: 4, 8: 4})
+    assert digest(one) == digest(result)
+    assert_every_row_once(result)
+    gone = [e.agent for e in read_events(result) if isinstance(e, AgentGone) and "has ended" not in e.reason]
+    assert len(gone) == 2
 
 
 def test_agents_that_do_not_fill_replicas_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ properties that process groups lack:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import os
 import select
@@ -224,7 +225,9 @@ class Mesh:
         for peer in range(self.rank):
             connection = socket.socket(socket.AF_INET6 if ":" in addresses[peer][0] else socket.AF_INET)
             self.attach(peer, connection)
-            connection.connect_ex(addresses[peer])  # how it went shows when it becomes writable
+            error = connection.connect_ex(addresses[peer])
+            if error not in (0, errno.EINPROGRESS):  # else how it went shows when it becomes writable
+                raise PeerLostError(peer, f"connecting failed: {os.strerror(error)}", self.channel)
             poller.register(connection, select.POLLOUT)
             waiting[connection.fileno()] = peer
         while waiting:
