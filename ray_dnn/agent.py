@@ -376,6 +376,7 @@ class Agent:
                 plan.replicas,
                 checked=self._checked,
                 moved=self.marks.moved,
+                waits=self.marks.waits,
             )
         self.marks.join(generation.number, generation.replica)
         self.marks.enter(Phase.FORMING, engine.state.step)

@@ -159,7 +159,7 @@ class Driver:
     # -- what happens to agents ----------------------------------------------------------------------------------------
 
     def on_placed(self) -> None:
-        """Some agents have their places."""
+        """Some replicas got their places, or gave them up."""
         self._consider()
 
     def on_ready(self, replica: Replica) -> None:
@@ -226,6 +226,8 @@ class Driver:
 
     def _recover(self, reason: str) -> None:
         """The present generation cannot go on. Form the next one of those who are there, or wait for more."""
+        if self.outcome.error is not None:
+            return
         if self._now is not None:
             self._now.end()
         end = self._setbacks.left(len(self._members), self._recorder.steps, reason)

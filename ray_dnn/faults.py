@@ -114,6 +114,11 @@ class Slow(Fault):
             pass
 
 
+def _only_from(fault: Fault, early: tuple[Phase, ...]) -> None:
+    if Phase(fault.at) in early:
+        raise ConfigError(f"{fault!r}: there is nothing to strike at {fault.at!r} yet. Use a later phase.")
+
+
 @dataclass(frozen=True)
 class Partition(Fault):
     """From now on nothing moves between this agent and those of rank ``peer`` (None: all others) in this generation.
@@ -123,6 +128,10 @@ class Partition(Fault):
 
     peer: int | None = None
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _only_from(self, (*EARLY, Phase.FORMING))
 
     def strike(self, victim: Victim) -> None:
         mesh = victim.mesh
@@ -146,6 +155,7 @@ class Corrupt(Fault):
         super().__post_init__()
         if self.what not in ("weights", "gradient", "wire"):
             raise ConfigError(f"Corrupt(what={self.what!r}): must be 'weights', 'gradient' or 'wire'.")
+        _only_from(self, (*EARLY, Phase.FORMING) if self.what == "wire" else EARLY)
 
     def strike(self, victim: Victim) -> None:
         assert victim.engine is not None

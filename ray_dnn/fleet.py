@@ -23,6 +23,7 @@ from ray_dnn.loop import Loop
 GROWTH = "one more agent could join"
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
+_SLOW_START_S = 30.0
 _KILL_TIMEOUT_S = 10.0
 
 
@@ -76,7 +77,9 @@ class Replica:
 class Owner(Protocol):
     """Who is told of what happens to replicas: the driver."""
 
-    def on_placed(self) -> None: ...
+    def on_placed(self) -> None:
+        """Replicas got their places, or gave them up."""
+
     def on_ready(self, replica: Replica) -> None: ...
     def on_failed(self, replica: Replica, failed: Failed) -> None: ...
     def on_lost(self, replica: Replica, reason: str) -> None:
@@ -175,10 +178,20 @@ class Fleet:
             self._limit_start(replica)
 
     def _limit_start(self, replica: Replica) -> None:
-        def late() -> None:
-            if replica.stage is Stage.STARTING:  # once it has said hello, the guard counts
-                self._owner.on_lost(replica, f"its process was not up after {self._patience.start_s:g} s")
+        """A place may be on a machine that is gone. Once the agent has said hello, the guard counts."""
 
+        def slow() -> None:
+            if replica.stage is Stage.STARTING:
+                self._log.add(
+                    Waiting(f"{replica.name} has its place, but its process is not up; the cluster has {room()}")
+                )
+
+        def late() -> None:
+            if replica.stage is Stage.STARTING:
+                self.release(replica, f"its process was not up after {self._patience.start_s:g} s")
+                self._owner.on_placed()
+
+        self._loop.later(_SLOW_START_S, slow)
         self._loop.later(self._patience.start_s, late)
 
     def _opened(self, replica: Replica, rank: int, hello: Hello) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ray_dnn.phases import Phase, Status
+
+_RANKS = 63  # that fit into the status
 
 
 def _nowhere(status: Status) -> None:
@@ -37,7 +39,7 @@ class Marks:
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """A phase begins. ``step``: where it is another than before."""
         now = self.status
-        self.status = now._replace(phase=phase, step=now.step if step is None else step, moves=now.moves + 1)
+        self.status = now._replace(phase=phase, step=now.step if step is None else step, moves=now.moves + 1, waits=0)
         self._write(self.status)
         if self._entered is not None:
             self._entered(self.status, self.rank)
@@ -50,6 +52,13 @@ class Marks:
         yield
         self.status = self.status._replace(phase=before, moves=self.status.moves + 1)
         self._write(self.status)
+
+    def waits(self, ranks: Iterable[int]) -> None:
+        """It has waited for these for a while."""
+        mask = sum(1 << rank for rank in ranks if rank < _RANKS)
+        if mask != self.status.waits:
+            self.status = self.status._replace(waits=mask)
+            self._write(self.status)
 
     def moved(self, count: int) -> None:
         """So many bytes went to or came from other agents."""

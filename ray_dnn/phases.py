@@ -70,6 +70,7 @@ class Status(NamedTuple):
         generation, step: that it is in.
         moves: counts phases entered; unchanged means that it is still where it was.
         moved: counts bytes exchanged with other agents.
+        waits: for whom it has waited for over a second: the bit of each rank, of those below 63.
     """
 
     phase: Phase = Phase.STARTING
@@ -77,13 +78,14 @@ class Status(NamedTuple):
     step: int = 0
     moves: int = 0
     moved: int = 0
+    waits: int = 0
 
     def write(self, memory: memoryview) -> None:
-        _LAYOUT.pack_into(memory, 0, _PHASES.index(self.phase), self.generation, self.step, self.moves, self.moved, 0)
+        _LAYOUT.pack_into(memory, 0, _PHASES.index(self.phase), *self[1:])
 
     @classmethod
     def read(cls, memory: memoryview | bytes) -> Status:
-        phase, *numbers, _ = _LAYOUT.unpack_from(memory)
+        phase, *numbers = _LAYOUT.unpack_from(memory)
         return cls(_PHASES[phase], *numbers)
 
     def text(self) -> str:

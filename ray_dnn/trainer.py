@@ -85,6 +85,10 @@ class Trainer:
                     raise ConfigError(f"{name} is given, but datasets has only 'train': there is nothing to evaluate.")
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.strategy!r}: must be a ray_dnn.Strategy.")
+        if not isinstance(self.patience, Patience):
+            raise ConfigError(f"patience={self.patience!r}: must be a ray_dnn.Patience.")
+        if not isinstance(self.audit, Audit | None):
+            raise ConfigError(f"audit={self.audit!r}: must be a ray_dnn.Audit, or None.")
         if self.config.checkpoint_every is not None:
             raise ConfigError(
                 f"TrainConfig(checkpoint_every={self.config.checkpoint_every}): checkpoints during training are not "

@@ -37,6 +37,7 @@ LAYERS = {
     "fleet": 3,
     "faults": 3,
     "requests": 3,
+    "underway": 3,
     "loop": 3,
     "watcher": 3,
     "guard": 3,

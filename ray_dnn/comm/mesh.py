@@ -42,6 +42,7 @@ _HELLO = struct.Struct(f"!8s{_SECRET_BYTES}sqqq")
 _MAGIC = b"ray_dnn1"
 _CHECKSUM = struct.Struct("!I")
 _HELLO_TIMEOUT_S = 10.0
+_WAITING_MS = 1000  # until it is worth a word for whom a member waits
 
 
 class PeerLostError(RayDnnError):
@@ -175,6 +176,7 @@ class Mesh:
         generation, channel: that it belongs to.
         checked: whether checksums travel with the bytes. The same on all members.
         moved: told how many bytes went out or came in.
+        waits: told for which ranks this member has waited for over a second.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class Mesh:
         channel: int = 0,
         checked: bool = False,
         moved: Callable[[int], None] | None = None,
+        waits: Callable[[list[int]], None] | None = None,
     ):
         self.generation = generation
         self.rank = rank
@@ -192,6 +195,7 @@ class Mesh:
         self.channel = channel
         self.checked = checked
         self.moved = moved
+        self.waits = waits
         self._peers: dict[int, socket.socket] = {}
         self._listener: Listener | None = None  # while this mesh forms
         self._abandoned = threading.Event()
@@ -294,7 +298,10 @@ class Mesh:
                 poller.register(flow.connection, mask)
                 waiting[flow.connection.fileno()] = flow
         while waiting:
-            for descriptor, ready in poller.poll():
+            events = poller.poll(_WAITING_MS)
+            if not events and self.waits is not None:
+                self.waits([flow.peer for flow in waiting.values()])
+            for descriptor, ready in events:
                 if descriptor == self._wake_read:
                     raise self._abandonment()
                 flow = waiting[descriptor]

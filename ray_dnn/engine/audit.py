@@ -129,7 +129,8 @@ class Auditor:
         if wrong is None:
             raise AuditError(f"before step {step} agents hold different states, and no majority says which is right")
         if wrong:
-            raise ConvictedError(wrong, f"before step {step} its state differs from that of the others", late=False)
+            what = f"before step {step} its state differs from that of the others"
+            raise ConvictedError(wrong, what, late=self._audit.states != 1)
         for index, worker in enumerate(self._chosen):
             host, other = plan.host(worker), second(plan, worker, step)
             first = {host: headers[host][1 + 2 * index], other: headers[other][2 + 2 * index]}
