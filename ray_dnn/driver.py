@@ -42,7 +42,7 @@ from ray_dnn.events import (
 )
 from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.guard import Guard
-from ray_dnn.liveness import Patience
+from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
 from ray_dnn.membership import Decision, Script, View, decide
 from ray_dnn.plan import Plan, lay
@@ -187,22 +187,27 @@ class Driver:
         self._on_false_start(f"{replica.name} was lost before it took part: {reason}")
         self._consider()
 
-    def _on_verdict(self, name: str, reason: str) -> None:
+    def _on_verdict(self, verdict: Verdict) -> None:
         """The guard has given an agent up."""
-        replica = self._fleet.replica_of(name)
+        assert verdict.name is not None
+        replica = self._fleet.replica_of(verdict.name)
         if replica is None:
             return
-        self._guard.kill(name)
-        if replica in self._members and self._running:
-            end = self._setbacks.hung(self._recorder.steps, name, reason)
+        self._guard.kill(verdict.name)
+        if verdict.job and replica in self._members and self._running:
+            end = self._setbacks.hung(self._recorder.steps, verdict.name, verdict.reason)
             if end is not None:
                 self._fail(AgentLostError(end))
                 return
-        self.on_lost(replica, reason)
+        self.on_lost(replica, verdict.reason)
 
-    def _on_stalled(self, reason: str) -> None:
+    def _on_stalled(self, verdict: Verdict) -> None:
+        """All wait for each other: some connection has fallen silent."""
         if self._running:
-            self._recover(reason)
+            for rank in verdict.waits:
+                if rank < len(self._members):
+                    self._setbacks.accuse(self._members[rank].name)
+            self._on_broken(verdict.reason, None)
 
     def _lose(self, replicas: Sequence[Replica], reason: str) -> None:
         """Go on without these members."""

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_dnn.liveness import Patience, Sight, judge, silence_limit
+from ray_dnn.liveness import Patience, Sight, Verdict, judge, silence_limit
 from ray_dnn.loop import Loop
 from ray_dnn.watcher import Watcher
 
@@ -62,8 +62,8 @@ class Guard:
     """Watches agents on all nodes and tells which ones hang, each once.
 
     Args:
-        on_verdict: called in the loop with an agent's name and the reason why it must be given up.
-        on_stalled: called with the reason when the generation must be formed anew and nobody is to blame.
+        on_verdict: called in the loop when an agent must be given up.
+        on_stalled: called when the generation must be formed anew and nobody is to blame.
         clock: the present time in seconds; it never goes back.
     """
 
@@ -71,8 +71,8 @@ class Guard:
         self,
         loop: Loop,
         patience: Patience,
-        on_verdict: Callable[[str, str], None],
-        on_stalled: Callable[[str], None],
+        on_verdict: Callable[[Verdict], None],
+        on_stalled: Callable[[Verdict], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._loop, self._patience, self._clock = loop, patience, clock
@@ -218,16 +218,16 @@ class Guard:
         known = [agent.sight for agent in self._agents.values() if agent.sight is not None]
         for verdict in judge(known, self._generation, self._patience, self._told):
             if verdict.name is not None:
-                self._give_up(verdict.name, verdict.reason)
+                self._give_up(verdict)
             elif not self._closed:
                 self._told = {sight.name: sight for sight in known if sight.name in self._generation}
-                self._on_stalled(verdict.reason)
+                self._on_stalled(verdict)
 
-    def _give_up(self, name: str, reason: str) -> None:
-        agent = self._agents.get(name)
+    def _give_up(self, verdict: Verdict) -> None:
+        agent = self._agents.get(verdict.name or "")
         if agent is not None and not agent.judged and not self._closed:
             agent.judged = True
-            self._on_verdict(name, reason)
+            self._on_verdict(verdict)
 
     # -- silence -----------------------------------------------------------------------------------------------------
 
@@ -254,4 +254,5 @@ class Guard:
             self._end(node)  # should only the watcher hang, the next agents there get another one
             node.looking = False
             for agent in self._on(node):
-                self._give_up(agent.name, f"nothing was heard from node {node.node_id} for {node.silent_s:.0f} s")
+                reason = f"nothing was heard from node {node.node_id} for {node.silent_s:.0f} s"
+                self._give_up(Verdict(agent.name, reason))

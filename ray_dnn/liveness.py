@@ -78,10 +78,14 @@ class Verdict:
     Attributes:
         name: of the agent to be given up; None where nobody is to blame, and the generation must be formed anew.
         reason: in plain words.
+        job: whether it may be the job's own fault: the agent did not come to the end of what it computes.
+        waits: in a stall, the ranks that anybody waits for, once for everybody who does.
     """
 
     name: str | None
     reason: str
+    job: bool = False
+    waits: tuple[int, ...] = ()
 
 
 def judge(
@@ -98,7 +102,7 @@ def judge(
         told: how the members looked when the generation was last found stalled, by name. Who does not move although
             all were told to form a new one is to blame for the next time.
     """
-    verdicts = [Verdict(s.name, reason) for s in sights if (reason := _fault(s, patience))]
+    verdicts = [verdict for s in sights if (verdict := _fault(s, patience))]
     named = {verdict.name for verdict in verdicts}
     members = [s for s in sights if s.name in generation and s.name not in named]
     if members and len(members) == len(set(generation)):
@@ -106,21 +110,22 @@ def judge(
     return verdicts
 
 
-def _fault(sight: Sight, patience: Patience) -> str | None:
+def _fault(sight: Sight, patience: Patience) -> Verdict | None:
     """Why an agent must be given up for what it does itself, or None."""
     status = sight.status
     if sight.stopped:
-        return f"has been stopped in {status.text()}"
+        return Verdict(sight.name, f"has been stopped in {status.text()}")
     if not sight.there:
         return None  # Ray tells of deaths
     if status.phase in UNTIL_READY and sight.starting_s >= patience.start_s:
-        return f"is not ready {sight.starting_s:.0f} s after its start: {status.text()}"
+        return Verdict(sight.name, f"is not ready {sight.starting_s:.0f} s after its start: {status.text()}")
     if status.phase.patient is Patient.WAITING or status.phase in UNTIL_READY:
         return None
     if sight.still_s >= patience.busy_s:
-        return f"has been in {status.text()} for {sight.still_s:.0f} s"
+        return Verdict(sight.name, f"has been in {status.text()} for {sight.still_s:.0f} s", job=True)
     if status.phase.patient is Patient.WORKING and sight.idle_s >= patience.idle_s:
-        return f"idle for {sight.idle_s:.0f} s in {status.text()}, while the others wait"
+        reason = f"idle for {sight.idle_s:.0f} s in {status.text()}, while the others wait"
+        return Verdict(sight.name, reason, job=True)
     return None
 
 
@@ -139,7 +144,9 @@ def _stalled(members: list[Sight], patience: Patience, told: Mapping[str, Sight]
         text = "did not move when the generation was to be formed anew, in"
         return [Verdict(s.name, f"{text} {s.status.text()} for {s.still_s:.0f} s") for s in deaf]
     where = ", ".join(sorted({s.status.phase.value for s in members}))
-    return [Verdict(None, f"all agents wait for each other ({where}), and nothing has moved for {waited:.0f} s")]
+    reason = f"all agents wait for each other ({where}), and nothing has moved for {waited:.0f} s"
+    waits = tuple(rank for s in members for rank in s.status.waits_for())
+    return [Verdict(None, reason, waits=waits)]
 
 
 def silence_limit(slowest_s: float, patience: Patience) -> float:

@@ -88,6 +88,10 @@ class Status(NamedTuple):
         phase, *numbers = _LAYOUT.unpack_from(memory)
         return cls(_PHASES[phase], *numbers)
 
+    def waits_for(self) -> list[int]:
+        """The ranks that it has waited for."""
+        return [rank for rank in range(self.waits.bit_length()) if self.waits >> rank & 1]
+
     def text(self) -> str:
         """In plain words."""
         if self.phase in UNTIL_READY:

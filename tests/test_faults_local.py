@@ -103,7 +103,7 @@ def test_a_death_before_between_and_after_steps_changes_no_bit(phase: str, step:
 @pytest.mark.parametrize("first", range(3))
 @pytest.mark.parametrize("name", [name for name in JOBS if name not in ("plain", "unevaluated")])
 def test_one_death_after_another_and_a_newcomer_each_time_change_no_bit(name: str, first: int) -> None:
-    steps = min(len(IN_A_STEP), len(undisturbed(name).reports) - 1)
+    steps = min(len(IN_A_STEP), len(undisturbed(name).reports) - 2)
     faults = [Kill(phase, step=1 + at, rank=(first + at) % 3) for at, phase in enumerate(IN_A_STEP[:steps])]
     disturbed = survive(name, *faults, joins=dict.fromkeys(range(1, steps + 1), 1))
     assert sizes(disturbed) == [3] * (steps + 1)

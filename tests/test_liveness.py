@@ -151,9 +151,9 @@ def test_verdicts_say_what_was_seen() -> None:
     ]
     assert judge(view, [], LIMITS) == [
         Verdict("agent-1", "has been stopped in computing, step 12"),
-        Verdict("agent-2", "idle for 31 s in computing, step 12, while the others wait"),
-        Verdict("agent-3", "has been in computing, step 12 for 600 s"),
-        Verdict("agent-4", "has been in reading, step 12 for 601 s"),
+        Verdict("agent-2", "idle for 31 s in computing, step 12, while the others wait", job=True),
+        Verdict("agent-3", "has been in computing, step 12 for 600 s", job=True),
+        Verdict("agent-4", "has been in reading, step 12 for 601 s", job=True),
         Verdict("agent-5", "is not ready 600 s after its start: building"),
     ]
 

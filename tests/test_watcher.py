@@ -317,7 +317,13 @@ class Run:
         self.loop = Loop()
         self.verdicts: list[tuple[str, str]] = []
         self.stalls: list[str] = []
-        self.guard = Guard(self.loop, patience, lambda *v: self.verdicts.append(v), self.stalls.append, clock)
+        self.guard = Guard(
+            self.loop,
+            patience,
+            lambda verdict: self.verdicts.append((str(verdict.name), verdict.reason)),
+            lambda verdict: self.stalls.append(verdict.reason),
+            clock,
+        )
         self.actors: list[Any] = []
         self.pids: dict[str, int] = {}
 

@@ -1,0 +1,78 @@
+"""What follows from losses: counted until the run makes progress again."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_dnn.setbacks import Setbacks, backoff
+
+
+@given(st.integers(1, 8), st.integers(-1, 5), st.lists(st.integers(1, 10), max_size=40))
+def test_only_falls_below_the_minimum_count_as_failures(minimum: int, allowed: int, counts: list[int]) -> None:
+    setbacks = Setbacks(minimum, allowed)
+    falls, below = 0, False
+    for count in counts:  # a loss that leaves so many, then a generation of as many
+        if count < minimum and not below:
+            falls += 1
+        below = count < minimum
+        end = setbacks.left(count, 7, "agent-1 lost")
+        assert (end is not None) == (below and falls > allowed >= 0)
+        if end is not None:
+            assert f"max_failures={allowed}" in end
+            return
+        setbacks.formed(count)
+
+
+@given(st.integers(1, 8), st.integers(-1, 5), st.integers(1, 100))
+def test_without_anybody_left_there_is_nothing_to_go_on_from(minimum: int, allowed: int, step: int) -> None:
+    end = Setbacks(minimum, allowed).left(0, step, "agent-1 lost")
+    assert end is not None
+    assert f"after step {step}" in end
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 3))
+def test_newcomers_are_asked_for_ever_later_until_one_proves_itself(events: list[bool], count: int) -> None:
+    setbacks = Setbacks(2, -1)
+    row, now = 0, 0.0
+    for lost in events:
+        now += 1000
+        if not lost:
+            setbacks.committed(proven=True)
+            row = 0
+            assert setbacks.wait_s(now) == 0
+            continue
+        row += 1
+        end = setbacks.false_start("agent-9 died", count, now)
+        assert (end is not None) == (row >= 5 and count < 2)
+        assert setbacks.wait_s(now) == backoff(row)
+        assert setbacks.wait_s(now + backoff(row)) == 0
+
+
+def test_waits_grow_and_end_growing() -> None:
+    assert [backoff(n) for n in range(1, 10)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=20))
+def test_the_most_accused_goes_after_three_breaks_in_a_row(accused: list[str]) -> None:
+    setbacks = Setbacks(1, 0)
+    for name in accused:
+        setbacks.accuse(name)
+    members = ["a", "b", "c"]
+    assert setbacks.broke(members) is None
+    assert setbacks.broke(members) is None
+    blamed = setbacks.broke(members)
+    assert blamed is not None
+    assert all(accused.count(blamed) >= accused.count(name) for name in members)
+    equals = [name for name in members if accused.count(name) == accused.count(blamed)]
+    assert blamed == equals[-1]  # the newest of equals
+    setbacks.committed(proven=False)
+    assert setbacks.broke(members) is None
+
+
+def test_a_step_that_hangs_three_times_is_the_jobs_fault() -> None:
+    setbacks = Setbacks(1, 0)
+    assert setbacks.hung(4, "agent-1", "is idle") is None
+    assert setbacks.hung(5, "agent-2", "is idle") is None
+    assert setbacks.hung(5, "agent-3", "is idle") is None
+    end = setbacks.hung(5, "agent-4", "is idle")
+    assert end is not None
+    assert "Step 5 hung on 3 agents in a row; the last one, agent-4, is idle" in end
