@@ -28,6 +28,7 @@ from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor, guarded
 from ray_dnn.engine.evaluate import Evaluator
+from ray_dnn.engine.light import postpone_compiler
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import Joined, Report
 from ray_dnn.engine.state import TrainingState
@@ -333,6 +334,7 @@ class Agent:
     def _build(self, job: Job, rank: int, group: tuple[Address, ...], twice: bool) -> Built:
         self.marks.enter(Phase.BUILDING)
         started = time.perf_counter()
+        postpone_compiler()
         profile = numerics.enforce(job.config)
         mesh = None
         if len(group) > 1:

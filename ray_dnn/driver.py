@@ -274,7 +274,8 @@ class Driver:
     def _view(self, quickly: bool = False) -> View:
         """What is there. ``quickly``: leave out newcomers, whom the others would have to wait for."""
         minimum, maximum, target = self._script.limits(self._size.minimum, self._size.maximum, self._target)
-        ready = [r.name for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)]
+        built = self._fleet.staged(Stage.READY)
+        ready = [r.name for r in built if not self._admission.waiting(r)]
         return View(
             minimum=minimum,
             maximum=maximum,
@@ -282,7 +283,7 @@ class Driver:
             target=target,
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
-            starting=len(self._fleet.starting),
+            starting=len(self._fleet.starting) + len(built) - len(ready),
             one_by_one=self._job.strategy.worker_state == "mirrored",
         )
 
