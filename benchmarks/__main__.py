@@ -1,4 +1,4 @@
-"""``python -m benchmarks [exchange] [start] [membership] [recovery]``: run them, print tables, and put them into the README."""
+"""``python -m benchmarks [exchange] [start] [membership] [recovery]``: run, print tables, put them in the README."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""How long the others are held up when one of four agents is killed or stopped: from the signal to the next new step."""
+"""How long one of four agents that is killed or stopped holds up the others: from the signal to the next new step."""
 
 import os
 import signal

@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
     from ray.train import Result
 
     from benchmarks.soak_jobs import Job
-    from benchmarks.soak_run import DisturbedRun, Strike
+    from benchmarks.soak_run import Strike
 
 _MOST_FAILED = 3  # runs, before it is pointless to go on
 _EXIT_S = 15.0  # for Ray's processes to end
-_INTERRUPT_S = 30.0
 
 
 def _arguments(given: list[str]) -> argparse.Namespace:
@@ -136,10 +134,11 @@ class Soak:
             run.troubles.append(str(error))
         except Hung as error:
             run.troubles.append(str(error))
-            _dump(run)
-        except BaseException:
-            _interrupt(run)
-            raise
+            for line in run.dump():
+                _say(line)
+            faulthandler.dump_traceback(sys.__stdout__)
+        finally:
+            run.close()
         self._found.add(run)
         self._failed += bool(run.troubles)
         for trouble in run.troubles:
@@ -149,23 +148,9 @@ class Soak:
             shutil.rmtree(self._folder / name)
 
     def _tell(self, strike: Strike) -> None:
-        gap = f"{strike.gap_s:.2f} s" if strike.gap_s is not None else "–"
+        gap = f"{strike.gap_s:.2f} s (noticed {strike.noticed_s:.2f} s)" if strike.gap_s is not None else "–"
         seconds = strike.time - self._began
         _say(f"  {seconds:7.2f} s  {strike.kind.name:24} {strike.victim:10} {strike.where:32} {gap}")
-
-
-def _dump(run: DisturbedRun) -> None:
-    """Print all that is known of a run that hangs, and end it."""
-    for line in run.dump():
-        _say(line)
-    faulthandler.dump_traceback(sys.__stdout__)
-    _interrupt(run)
-
-
-def _interrupt(run: DisturbedRun) -> None:
-    thread = threading.Thread(target=run.handle._interrupt, daemon=True)
-    thread.start()
-    thread.join(_INTERRUPT_S)
 
 
 @contextlib.contextmanager
@@ -178,6 +163,7 @@ def _cluster() -> Iterator[Path]:
         "RAY_AUTH_MODE": "disabled",  # unset, ray.init() would write a token into the home directory
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a run that does not end must not start a cluster when this one has ended
         "RAY_prestart_worker_first_driver": "0",
     }
     os.environ.pop("RAY_ADDRESS", None)
@@ -228,7 +214,11 @@ def main(arguments: list[str]) -> int:
     given = _arguments(arguments)
     logging.getLogger("ray_dnn").addHandler(logging.NullHandler())
     with _cluster() as folder:
-        good = Soak(given, folder).run()
+        try:
+            good = Soak(given, folder).run()
+        except KeyboardInterrupt:
+            shutil.rmtree(folder)
+            raise
         if good:
             shutil.rmtree(folder)
     return 0 if good else 1

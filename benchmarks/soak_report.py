@@ -14,6 +14,8 @@ from benchmarks.soak_run import DisturbedRun, Strike
 from ray_dnn.ledger import Ledger
 from ray_dnn.testing import read_ledger
 
+_SLOWEST = 3  # recoveries that are told in full
+
 
 def difference(result: Result, reference: Result) -> str | None:
     """How a run differs from the undisturbed one; None where it does not."""
@@ -86,14 +88,17 @@ class Findings:
 
     def table(self) -> Iterator[str]:
         """All of it, line by line."""
-        yield "| faults | times | gap to the next new step: median | 90 % | worst |"
-        yield "| --- | --- | --- | --- | --- |"
+        yield "| faults | times | noticed after: median | next new step after: median | 90 % | worst |"
+        yield "| --- | --- | --- | --- | --- | --- |"
         for name in dict.fromkeys(s.kind.name for s in sorted(self.strikes, key=lambda s: s.kind.name)):
             yield _row(name, [s for s in self.strikes if s.kind.name == name])
         yield _row("all", self.strikes)
         yield ""
         counts = f"{self.runs} runs, {self.recoveries} recoveries, {self.started} agents started"
         yield f"{counts}, {self.checkpoints} checkpoints asked for and written"
+        recovered = [s for s in self.strikes if s.gap_s is not None]
+        for strike in sorted(recovered, key=lambda s: s.gap_s or 0.0)[: -_SLOWEST - 1 : -1]:
+            yield f"among the slowest: {strike.kind.name}, noticed after {strike.noticed_s:.2f} s: {strike.story}"
         for text in self.unasked:
             yield f"gone without a fault: {text}"
         if self.sizes:
@@ -118,6 +123,7 @@ class Findings:
 def _row(name: str, strikes: Sequence[Strike]) -> str:
     gaps = sorted(s.gap_s for s in strikes if s.gap_s is not None)
     if not gaps:
-        return f"| {name} | {len(strikes)} | – | – | – |"
+        return f"| {name} | {len(strikes)} | – | – | – | – |"
+    noticed = median(s.noticed_s for s in strikes if s.gap_s is not None)
     late = gaps[min(len(gaps) - 1, int(0.9 * len(gaps)))]
-    return f"| {name} | {len(strikes)} | {median(gaps):.2f} s | {late:.2f} s | {gaps[-1]:.2f} s |"
+    return f"| {name} | {len(strikes)} | {noticed:.2f} s | {median(gaps):.2f} s | {late:.2f} s | {gaps[-1]:.2f} s |"

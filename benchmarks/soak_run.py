@@ -46,6 +46,7 @@ _MOST_FALSE_STARTS = 2  # newcomers struck in a row: the driver waits longer aft
 _WISHES_S = (4.0, 10.0)  # between two
 _ANSWER_S = 5.0  # to a wish, when the run has ended
 _HANGS_S = 60.0  # without a committed step
+_INTERRUPT_S = 30.0
 _NOTICED_S = 30.0  # until an agent that was struck down is gone
 
 
@@ -61,6 +62,8 @@ class Strike:
         time: when, in seconds since the epoch.
         fatal: whether the victim does not survive it.
         gap_s: until a generation formed afterwards committed its first step; None where there was or need be none.
+        noticed_s: until the driver formed that generation.
+        story: how that generation came to its first step.
     """
 
     time: float
@@ -70,6 +73,8 @@ class Strike:
     fatal: bool
     told: bool = False
     gap_s: float | None = None
+    noticed_s: float = 0.0
+    story: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,20 +144,27 @@ class DisturbedRun:
         Raises:
             Hung: no step was committed for too long.
         """
-        try:
-            while self._hear():
-                self._take_claims()
-                if self._formed and more():
-                    self._wish()
-                    if self._again is None:
-                        self._strike()
-                self._look()
-            self._end_wishes()
-        finally:
-            for living in self._living.values():
-                os.close(living.process)
-            for strike in self.strikes:
-                self._told(strike)
+        while self._hear():
+            self._take_claims()
+            if self._formed and more():
+                self._wish()
+                if self._again is None:
+                    self._strike()
+            self._look()
+        self._end_wishes()
+
+    def close(self) -> None:
+        """End the run, where it goes on. What is left to tell is told."""
+        ending = threading.Thread(target=self.handle._interrupt, daemon=True)
+        ending.start()
+        ending.join(_INTERRUPT_S)
+        if ending.is_alive():
+            self.troubles.append(f"the run cannot be interrupted within {_INTERRUPT_S:g} s")
+        for living in self._living.values():
+            os.close(living.process)
+        self._living.clear()
+        for strike in self.strikes:
+            self._told(strike)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -197,7 +209,8 @@ class DisturbedRun:
         for strike in self.strikes:
             waits = strike.kind.disrupts and strike.gap_s is None and strike.time < formed.time
             if waits and not (strike.fatal and strike.victim in formed.agents):
-                strike.gap_s = event.committed - strike.time
+                strike.gap_s, strike.noticed_s = event.committed - strike.time, formed.time - strike.time
+                strike.story = event.text()
                 self._told(strike)
 
     def _on_gone(self, event: AgentGone) -> None:

@@ -53,7 +53,7 @@ from ray_dnn.storage import RunFolder
 from ray_dnn.underway import Underway
 
 _HEARTBEAT_S = 5.0  # an agent that hears nothing for ten minutes ends itself
-_ROOT_CAUSE_S = 1.0  # how long to wait for the reason why a connection closed
+_ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 
 
@@ -383,7 +383,7 @@ class Driver:
         self._now.later(0.0 if left.garbled else _ROOT_CAUSE_S, lambda: self._on_broken(what, useless))
 
     def _on_broken(self, what: str, useless: Replica | None) -> None:
-        blamed = self._setbacks.broke([r.name for r in self._members])
+        blamed = self._setbacks.broke({r.name: r.proven for r in self._members})
         if useless is not None:
             self._lose([useless], what)
         elif blamed is not None:

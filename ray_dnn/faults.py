@@ -6,6 +6,7 @@ in a run, and then does to itself what the fault says. Nothing of this is in the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -271,7 +272,8 @@ _silent: list[socket.socket] = []  # connections that fell silent, and their sta
 
 def _cut(mesh: Mesh, peer: int, closed: bool) -> None:
     if closed:
-        mesh._peers[peer].shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is down already
+            mesh._peers[peer].shutdown(socket.SHUT_RDWR)
         return
     mine, other = socket.socketpair()
     mine.setblocking(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 _MOST_FALSE_STARTS = 5  # newcomers in a row that were lost before they had committed a step
 _MOST_HANGS = 3  # agents that hang in the same step
@@ -79,12 +79,21 @@ class Setbacks:
         """Somebody lost the connection to this replica."""
         self._accused[replica] += 1
 
-    def broke(self, members: Sequence[str]) -> str | None:
-        """A connection broke, for no known reason. Returns who must go: the most accused; the newest of equals."""
+    def broke(self, members: Mapping[str, bool]) -> str | None:
+        """A connection broke, for no known reason. Returns who must go, if anybody.
+
+        A newcomer rather than one that has proven itself, then the most accused, then the newest; never the last one
+        that has proven itself, for it alone holds the state.
+
+        Args:
+            members: whether each has proven itself, in the order in which they joined.
+        """
         self._breaks += 1
-        if self._breaks < _MOST_BREAKS:
+        names = list(members)
+        last = names if sum(members.values()) > 1 else [name for name in names if not members[name]]
+        if self._breaks < _MOST_BREAKS or not last:
             return None
-        return max(members, key=lambda name: (self._accused[name], members.index(name)))
+        return max(last, key=lambda name: (not members[name], self._accused[name], names.index(name)))
 
     def committed(self, proven: bool) -> None:
         """A step was committed, for the first time by a newcomer where it is ``proven`` by that."""

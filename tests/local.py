@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -130,6 +130,7 @@ class Place:
         until: the step before which it ends; None: the job's end.
         acknowledged: reports up to this serial have arrived at the caller.
         struck: the faults that strike no more, by index.
+        also: a fault that strikes in this generation, whatever struck before.
     """
 
     plan: Plan
@@ -139,6 +140,7 @@ class Place:
     until: int | None = None
     acknowledged: int = 0
     struck: frozenset[int] = frozenset()
+    also: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,24 @@ class Struck:
     """What an agent sends before a fault strikes it. ``index``: of the fault."""
 
     index: int
+
+
+class Held(NamedTuple):
+    """What the system holds for a process."""
+
+    descriptors: int
+    sockets: int
+    threads: int
+    memory_bytes: int
+
+
+def _links() -> list[str]:
+    """What the open descriptors refer to."""
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return links
 
 
 class Until:
@@ -263,10 +283,13 @@ class Agent:
         self.engine: CountingEngine | None = None
         self.going.clear()
         if faults:
-            from ray_dnn.faults import FaultPlan  # which imports Ray
-
-            FaultPlan(faults, self._claim).arm(self)
+            self._arm(faults, self._claim)
         return self._listener.address
+
+    def _arm(self, faults: Sequence[Fault], claim: Callable[[int, str], bool]) -> None:
+        from ray_dnn.faults import FaultPlan  # which imports Ray
+
+        FaultPlan(faults, claim).arm(self)
 
     def _claim(self, index: int, agent: str) -> bool:
         if index in self._struck:
@@ -295,6 +318,8 @@ class Agent:
         self._holds = self._holds or plan.number == 0
         self._reports = [r for r in self._reports if r.serial > place.acknowledged]
         self._struck = place.struck
+        if place.also:
+            self._arm([place.also], lambda index, agent: True)
         with self._lock:
             mesh = self.mesh = Mesh(plan.number, place.replica, plan.replicas, checked=self._checked)
             if plan.number <= self._over:
@@ -335,6 +360,20 @@ class Agent:
         train(engine, Until(place.until), 0, False, self._reports.append)
         if engine.finished:
             self.marks.enter(Phase.FINISHING, engine.state.step)
+
+    def held(self) -> Held:
+        """What the system holds for this process, when the threads that greet connections have ended."""
+        for thread in threading.enumerate():
+            if "_greet" in thread.name:
+                thread.join(TIMEOUT_S)
+        links = _links()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return Held(
+            len(links),
+            sum(link.startswith("socket:") for link in links),
+            len(os.listdir("/proc/self/task")),
+            pages * os.sysconf("SC_PAGE_SIZE"),
+        )
 
     def export(self) -> bytes:
         assert self.engine is not None

@@ -5,6 +5,8 @@ to leave it, and the next one is formed of those who are left, with a plan of ot
 are killed; agents that were stopped count as lost, and may be woken later.
 
 Faults strike once in a run. Each must name the agent or the rank that it strikes, so that no two can claim it at once.
+
+``python -m tests.losses 1000`` has three agents recover so many times and prints what it took.
 """
 
 from __future__ import annotations
@@ -14,20 +16,22 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine.contribute import Given, Leaf
 from ray_dnn.engine.reports import Report
-from ray_dnn.faults import Fault, Stop, _flip
+from ray_dnn.faults import Fault, Partition, Stop, _flip
 from ray_dnn.phases import Status
 from ray_dnn.plan import lay
-from tests import local
-from tests.local import TIMEOUT_S, Make, Place, Process, Run, Struck, Trained, ask, bits, check_agreement, speeds
+from tests import local, zoo
+from tests.local import TIMEOUT_S, Held, Make, Place, Process, Run, Struck, Trained, ask, bits, check_agreement, speeds
 
 # -- faults that only tests need -------------------------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ class Driver:
         firsts = ask([(p, "build", (make, index == 0)) for index, p in enumerate(self.agents.values())])
         assert len({first.digest for first in firsts}) == 1
         self._first = firsts[0]
-        self.places: dict[str, Place] = {}  # of the present generation
+        self.places: dict[str, Place] = {}  # everybody's in its newest generation
         self._waiting: dict[str, Process] = {}  # members that have not answered
         self._answers: dict[str, Trained] = {}
         self._over = False  # whether the present generation is
@@ -196,16 +200,16 @@ class Driver:
         self.struck: dict[int, str] = {}
         self.generations: list[Generation] = []
 
-    def generation(self, members: Iterable[str], until: int | None = None) -> Generation:
-        """Form a generation of these and wait for its end."""
+    def generation(self, members: Iterable[str], until: int | None = None, also: Fault | None = None) -> Generation:
+        """Form a generation of these and wait for its end. ``also``: a fault that strikes in it."""
         number, names = len(self.generations), tuple(members)
         plan = lay(number, self._workers, speeds(number, len(names)))
         there = tuple(self._addresses[name] for name in names)
         known = next(n for n in range(len(self.reports) + 1) if n + 1 not in self.reports)
         self._over, self._answers = False, {}
         self._waiting = {name: self.agents[name] for name in names}
-        self.places = {
-            name: Place(plan, replica, names, there, until, known, frozenset(self.struck))
+        self.places |= {
+            name: Place(plan, replica, names, there, until, known, frozenset(self.struck), also)
             for replica, name in enumerate(names)
         }
         for name, process in self._waiting.items():
@@ -362,3 +366,58 @@ def disturb(
     preload = (*job.preload, "tests.losses")
     with local.pool(job.config.isa, preload).borrow(agents + sum(joins.values())) as processes:
         return Driver(make, processes, faults, struck).train(agents, joins, until)
+
+
+# -- many recoveries -------------------------------------------------------------------------------------------------
+
+_CUTS = ("computing", "exchange-first", "exchange-middle", "exchange-last", "combined", "applying")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What many recoveries took.
+
+    Attributes:
+        seconds: for one, on average, from the beginning of a generation to its end.
+        early, late: what each agent held after the first few, and at the end.
+        generations: that there were.
+    """
+
+    seconds: float
+    early: list[Held]
+    late: list[Held]
+    generations: int
+    run: Run
+
+
+def enduring(recoveries: int) -> Make:
+    """A job that is not finished by then."""
+    return partial(zoo.job, 60, {"steps": recoveries + 5, "virtual_workers": 5, "batch_size": 11})
+
+
+def recover(recoveries: int, warm: int = 30) -> Recovered:
+    """Have the connections of an agent break in each generation, at another phase each time, then train to the end."""
+    with local.pool("avx2", ("tests.losses",)).borrow(3) as processes:
+        driver = Driver(enduring(recoveries), processes, (), lambda driver, index: None)
+        for number in range(recoveries):
+            if number == warm:
+                early = ask([(process, "held", ()) for process in processes])
+                began = time.perf_counter()
+            cut = Partition(_CUTS[number % len(_CUTS)], rank=number // len(_CUTS) % 3, closed=True)
+            over = driver.generation(driver.agents, also=cut)
+            assert over.lost.keys() == driver.agents.keys()
+        seconds = (time.perf_counter() - began) / (recoveries - warm)
+        late = ask([(process, "held", ()) for process in processes])
+        disturbed = driver.train(3, {}, {})
+    return Recovered(seconds, early, late, len(disturbed.generations), disturbed.run)
+
+
+if __name__ == "__main__":
+    recovered = recover(int(sys.argv[1]))
+    local.assert_same(local.run(enduring(int(sys.argv[1])), {0: 1}), recovered.run)
+    print(
+        f"{recovered.generations} generations, {1000 * recovered.seconds:.1f} ms each; after the first 30 and at last:"
+    )
+    for early, late in zip(recovered.early, recovered.late, strict=True):
+        print(early, late, sep="\n")
+    local.close()

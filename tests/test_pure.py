@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ray_dnn.comm.exchange import slice_bounds
 from ray_dnn.engine import codec
+from ray_dnn.engine.audit import state_sum
 from ray_dnn.engine.records import Header, Place, RecordFormat
 from ray_dnn.engine.step import Position
 from ray_dnn.engine.transfer import roles
@@ -364,7 +365,7 @@ def test_positions_that_no_death_leaves_are_refused(said: list[Position | None],
 
 
 def test_newcomers_alone_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="nobody holds the state"):
+    with pytest.raises(AgentLostError, match="last agent that held the state"):
         roles([None, None])
 
 
@@ -479,6 +480,30 @@ def test_a_digest_changes_with_any_bit(tensor: torch.Tensor, data: st.DataObject
     assert codec.digest({"a": tensor}) != codec.digest({"a": changed})
     assert codec.weights_digest({"a": tensor}) != codec.weights_digest({"a": changed})
     assert codec.first_difference({"a": [1, tensor]}, {"a": [1, changed]}) == "a[1]"
+
+
+@examples
+@given(trees, tensors(), trees, st.data())
+def test_the_sum_of_a_state_changes_with_any_bit(before: Any, tensor: torch.Tensor, after: Any, data: Any) -> None:
+    total = state_sum([before, {"a": tensor}, after])
+    assert -(2**63) <= total < 2**63
+    assert state_sum([before, {"a": tensor.clone()}, after]) == total
+    assume(tensor.numel() > 0 and tensor.dtype != torch.bool)
+    changed = tensor.clone(memory_format=torch.contiguous_format)
+    raw = changed.view(-1).view(torch.uint8)
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert state_sum([before, {"a": changed}, after]) != total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
+def test_the_sum_of_a_state_changes_with_every_single_bit(dtype: torch.dtype) -> None:
+    tensor = torch.arange(0, 13).to(dtype)
+    raw = tensor.view(torch.uint8)
+    total = state_sum({"a": tensor})
+    for bit in range(8 * len(raw)):
+        raw[bit // 8] ^= 1 << bit % 8
+        assert state_sum({"a": tensor}) != total
+        raw[bit // 8] ^= 1 << bit % 8
 
 
 @pytest.mark.parametrize(

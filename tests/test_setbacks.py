@@ -51,21 +51,30 @@ def test_waits_grow_and_end_growing() -> None:
     assert [backoff(n) for n in range(1, 10)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=20))
-def test_the_most_accused_goes_after_three_breaks_in_a_row(accused: list[str]) -> None:
+@given(st.lists(st.sampled_from("abcd"), max_size=20), st.lists(st.booleans(), min_size=4, max_size=4))
+def test_after_three_breaks_in_a_row_somebody_goes_but_never_the_last_who_holds_the_state(
+    accused: list[str], proven: list[bool]
+) -> None:
     setbacks = Setbacks(1, 0)
     for name in accused:
         setbacks.accuse(name)
-    members = ["a", "b", "c"]
+    members = dict(zip("abcd", proven, strict=True))
     assert setbacks.broke(members) is None
     assert setbacks.broke(members) is None
     blamed = setbacks.broke(members)
     assert blamed is not None
-    assert all(accused.count(blamed) >= accused.count(name) for name in members)
-    equals = [name for name in members if accused.count(name) == accused.count(blamed)]
-    assert blamed == equals[-1]  # the newest of equals
+    assert not (members[blamed] and sum(proven) == 1)
+    alike = [name for name in members if members[name] == members[blamed]]
+    assert members[blamed] == all(proven)  # newcomers go first
+    most = max(accused.count(name) for name in alike)
+    assert blamed == [name for name in alike if accused.count(name) == most][-1]  # the newest of equals
     setbacks.committed(proven=False)
     assert setbacks.broke(members) is None
+
+
+def test_the_only_member_is_never_blamed() -> None:
+    setbacks = Setbacks(1, 0)
+    assert [setbacks.broke({"a": True}) for _ in range(9)] == [None] * 9
 
 
 def test_a_step_that_hangs_three_times_is_the_jobs_fault() -> None:

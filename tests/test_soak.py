@@ -14,12 +14,12 @@ def soak(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_random_faults_change_no_bit_and_no_row() -> None:
-    done = soak("--faults", "6", "--steps", "120", "--job", "convnet", "--seed", "5")
+    done = soak("--faults", "5", "--steps", "150", "--job", "convnet", "--agents", "1..3", "--seed", "5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "digests: all equal; ledgers: all equal, every row exactly once an epoch" in done.stdout
     struck = re.search(r"^\| all \| (\d+) \|", done.stdout, re.MULTILINE)
     assert struck is not None
-    assert int(struck[1]) >= 6
+    assert int(struck[1]) >= 5
     assert "gone without a fault" not in done.stdout
 
 

@@ -173,7 +173,9 @@ def state_sum(tree: codec.Tree) -> int:
 def _leaf_sum(leaf: Any) -> int:
     if not isinstance(leaf, torch.Tensor):
         return int.from_bytes(hashlib.sha256(repr(leaf).encode()).digest()[:8], "little")
-    data = torch.frombuffer(codec.tensor_bytes(leaf), dtype=torch.uint8) if leaf.numel() else leaf.view(torch.uint8)
+    if not leaf.numel():
+        return 0
+    data = torch.frombuffer(codec.tensor_bytes(leaf), dtype=torch.uint8)
     whole = len(data) // 8 * 8
     words = data[:whole].view(torch.int64) if data.data_ptr() % 8 == 0 else data[:whole].clone().view(torch.int64)
     return int(words.sum()) + int.from_bytes(bytes(data[whole:].tolist()), "little")

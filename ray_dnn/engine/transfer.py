@@ -18,7 +18,7 @@ from ray_dnn.engine import codec
 from ray_dnn.engine.reports import Report, from_tree, to_tree
 from ray_dnn.engine.round import Round
 from ray_dnn.engine.step import Engine, Position
-from ray_dnn.errors import ProtocolError
+from ray_dnn.errors import AgentLostError, ProtocolError
 from ray_dnn.phases import Phase
 
 _HEAD = struct.Struct("!q32s")
@@ -44,11 +44,15 @@ def roles(positions: Sequence[Position | None]) -> Roles:
     """The roles of replicas at these positions; None: a newcomer.
 
     Raises:
+        AgentLostError: nobody holds the state any more.
         ProtocolError: positions that cannot be.
     """
     there = [p for p in positions if p is not None]
     if not there:
-        raise ProtocolError("nobody holds the state")
+        raise AgentLostError(
+            "The last agent that held the state was lost before a newcomer had copied it. No checkpoint that the run "
+            "could go on from exists. Allow more agents, or keep some of them on machines that stay."
+        )
     newest = max(there)
     for position in there:
         lacks = newest.commits - position.commits, newest.evaluations - position.evaluations
@@ -118,7 +122,8 @@ def _copy(
 
 def _send(mesh: Mesh, to: Sequence[int], data: bytes) -> None:
     head = _HEAD.pack(len(data), hashlib.sha256(data).digest())
-    mesh.exchange({peer: [memoryview(head), memoryview(data)] for peer in to}, {})
+    for part in (head, data):  # in two exchanges, as it is received: each may carry a checksum
+        mesh.exchange({peer: [memoryview(part)] for peer in to}, {})
 
 
 def _receive(mesh: Mesh, source: int) -> bytearray:
