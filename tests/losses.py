@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -177,13 +177,23 @@ OnStruck = Callable[["Driver", int], None]
 
 
 class Driver:
-    """Decides who takes part. ``struck(driver, index)`` is called when a fault is about to strike."""
+    """Decides who takes part.
 
-    def __init__(self, make: Make, processes: list[Process], faults: Sequence[Fault], struck: OnStruck):
+    ``struck(driver, index)`` is called when a fault is about to strike. Reports of agents in ``unheard`` do not arrive.
+    """
+
+    def __init__(
+        self,
+        make: Make,
+        processes: list[Process],
+        faults: Sequence[Fault] = (),
+        struck: OnStruck = lambda driver, index: None,
+        unheard: Collection[str] = (),
+    ):
         assert all(fault.rank is not None or fault.agent is not None for fault in faults)
         job = make()
         self._workers = job.config.virtual_workers
-        self._faults, self._on_struck = faults, struck
+        self._faults, self._on_struck, self._unheard = faults, struck, unheard
         self._processes = processes  # of agents that are not dead
         self._secret = secrets.token_bytes(32)
         self.agents = {f"agent-{n}": process for n, process in enumerate(processes, start=1)}
@@ -243,20 +253,20 @@ class Driver:
                 self.abandon()
             return
         self._waiting.pop(name)
-        self._answers[name] = answer = self.answer(message)
+        self._answers[name] = answer = self._answer(message)
+        for report in () if name in self._unheard else answer.reports:
+            assert bits(self.reports.setdefault(report.serial, report)) == bits(report)
         if answer.lost:
             self.abandon()
 
-    def answer(self, message: Any) -> Trained:
-        """What an agent has; its reports are taken."""
+    @staticmethod
+    def _answer(message: Any) -> Trained:
         answer, failure = message
         if failure:
             error, cause, text = failure
             error.add_note(f"In an agent:\n{text}")
             raise error from cause
         assert isinstance(answer, Trained)
-        for report in answer.reports:
-            assert bits(self.reports.setdefault(report.serial, report)) == bits(report)
         return answer
 
     def _gone(self, name: str) -> None:
@@ -301,10 +311,7 @@ class Driver:
         """The answer of an agent that is no member. Its reports are not taken."""
         connection = self.agents[name].connection
         assert connection.poll(TIMEOUT_S)
-        answer, failure = connection.recv()
-        assert not failure, failure
-        assert isinstance(answer, Trained)
-        return answer
+        return self._answer(connection.recv())
 
     def train(self, first: int, joins: Mapping[int, int], until: Mapping[int, int]) -> Disturbed:
         """Train to the end of the job."""
@@ -352,6 +359,7 @@ def disturb(
     joins: Mapping[int, int] | None = None,
     until: Mapping[int, int] | None = None,
     struck: OnStruck = lambda driver, index: None,
+    unheard: Collection[str] = (),
 ) -> Disturbed:
     """Run a job in which these faults strike.
 
@@ -360,12 +368,13 @@ def disturb(
         joins: newcomers by generation.
         until: by generation the step before which it ends without a loss.
         struck: called with the driver and the fault's index before it strikes.
+        unheard: agents whose reports do not arrive.
     """
     job = make()
     joins, until = joins or {}, until or {}
     preload = (*job.preload, "tests.losses")
     with local.pool(job.config.isa, preload).borrow(agents + sum(joins.values())) as processes:
-        return Driver(make, processes, faults, struck).train(agents, joins, until)
+        return Driver(make, processes, faults, struck, unheard).train(agents, joins, until)
 
 
 # -- many recoveries -------------------------------------------------------------------------------------------------
@@ -398,7 +407,7 @@ def enduring(recoveries: int) -> Make:
 def recover(recoveries: int, warm: int = 30) -> Recovered:
     """Have the connections of an agent break in each generation, at another phase each time, then train to the end."""
     with local.pool("avx2", ("tests.losses",)).borrow(3) as processes:
-        driver = Driver(enduring(recoveries), processes, (), lambda driver, index: None)
+        driver = Driver(enduring(recoveries), processes)
         for number in range(recoveries):
             if number == warm:
                 early = ask([(process, "held", ()) for process in processes])

@@ -51,9 +51,12 @@ def struck(audit: Audit, *faults: Fault, **more: Any) -> Disturbed:
 
 
 def found(disturbed: Disturbed) -> set[Lost]:
-    """What those found who looked at the first generation's last exchange; the others were told to leave before."""
+    """What those found who looked at the first generation's last exchange.
+
+    Others may have been told to leave, or have seen that a connection closed, before they had all headers.
+    """
     lost = [answer.lost for answer in disturbed.generations[0].answers.values()]
-    return {replace(one, text="") for one in lost if one and one.kind != "AbandonedError"}
+    return {replace(one, text="") for one in lost if one and one.kind not in ("AbandonedError", "PeerLostError")}
 
 
 def convicted(name: str, late: bool = False) -> set[Lost]:

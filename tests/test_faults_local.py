@@ -186,6 +186,12 @@ def test_a_newcomer_joins_where_another_died(phase: str) -> None:
     }
 
 
+def test_reports_that_died_with_all_who_made_them_come_from_whoever_copied_the_state() -> None:
+    deaths = [Kill("computing", step=3, rank=rank) for rank in range(2)]
+    disturbed = survive("plain", *deaths, agents=2, until={0: 2}, joins={1: 1}, unheard=["agent-1", "agent-2"])
+    assert disturbed.last.keys() == {"agent-3"}
+
+
 # -- some have committed and others have not -------------------------------------------------------------------------
 
 
@@ -287,7 +293,7 @@ def test_who_was_given_a_step_gives_it_on_when_the_giver_dies() -> None:
         if index == 5:
             driver.kill("agent-2")
 
-    disturbed = survive("plain", *faults, struck=struck)
+    disturbed = survive("plain", *faults, struck=struck, unheard=["agent-2"])
     assert caught_up(disturbed) == {"agent-1": 1, "agent-3": 1}
     assert nobody_copied(disturbed)
     assert sizes(disturbed) == [3, 3, 2]

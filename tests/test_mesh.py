@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
@@ -131,6 +132,27 @@ def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, double
     expected = fold(Node(0, plan.workers), known.get, add)
     for out in outs:
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [0, 7, 500], ids=["no_slices", "one_slice", "all_slices"])
+def test_nobody_completes_an_exchange_before_all_have_done_what_is_between_its_phases(length: int) -> None:
+    plan = Plan(0, (0, 1, 2, 3))
+    early: list[bool] = []
+
+    def combine(mesh: Mesh, between: Callable[[list[bytes]], None]) -> None:
+        exchange, vector = TreeExchange(mesh, plan), [torch.ones(length)]
+        exchange.combine(b"h", [1, 1, 1], {Node(mesh.rank, mesh.rank + 1): vector}, [torch.zeros(length)], between)
+
+    with connected(3) as members:
+        others = [start(lambda m=m: combine(m, lambda headers: None)) for m in members[:2]]  # type: ignore[misc]
+
+        def look(headers: list[bytes]) -> None:
+            early.append(bool(futures.wait(others, 0.3, futures.FIRST_COMPLETED).done))
+
+        combine(members[2], look)
+        for future in others:
+            future.result(LIMIT_S)
+    assert early == [False]
 
 
 # -- the end of a wait -----------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Listener:
                     raise AbandonedError(f"generation {hello.generation} was abandoned while it formed")
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise PeerLostError(hello.rank, "it did not connect in time")
+                    raise PeerLostError(hello.rank, "it did not connect in time", hello.channel)
                 self._changed.wait(left)
             return self._arrived.pop(hello)
 

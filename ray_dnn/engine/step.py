@@ -253,7 +253,7 @@ class Engine:
     def commit(self, round_: Round) -> StepReport | None:
         """Apply a phase's result, one's own or one that another agent sent. Returns the report of a complete step."""
         state = self.state
-        self.marks.enter(Phase.COMBINED)
+        self.marks.enter(Phase.COMBINED, state.step)
         self._vectors[round_.phase].reverse()
         if round_.buffer_sums is not self._buffer_sums:
             for mine, theirs in zip(self._buffer_sums, round_.buffer_sums, strict=True):
