@@ -44,6 +44,7 @@ from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor
 from ray_dnn.engine.evaluate import Evaluator
+from ray_dnn.engine.light import postpone_compiler
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
 from ray_dnn.engine.round import Round
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120.0
-_PRELOAD = ("tests.zoo", "torch._dynamo")  # an optimizer's constructor would import the latter in every process
+_PRELOAD = ("tests.zoo", "pandas")  # which an Arrow array imports in every process
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,7 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
     """The process that agents are forked from: one fork for each descriptor that arrives."""
     for name in preload:
         importlib.import_module(name)
+    postpone_compiler()
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as requests:

@@ -423,7 +423,7 @@ def recover(recoveries: int, warm: int = 30) -> Recovered:
 
 if __name__ == "__main__":
     recovered = recover(int(sys.argv[1]))
-    local.assert_same(local.run(enduring(int(sys.argv[1])), {0: 1}), recovered.run)
+    local.assert_same(disturb(enduring(int(sys.argv[1])), agents=1).run, recovered.run)
     print(
         f"{recovered.generations} generations, {1000 * recovered.seconds:.1f} ms each; after the first 30 and at last:"
     )

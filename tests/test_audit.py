@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ray_dnn.config import Audit
 from ray_dnn.engine.audit import chosen, second, wrong_by_majority, wrong_contributions
 from ray_dnn.errors import AuditError
-from ray_dnn.faults import Corrupt, Fault
+from ray_dnn.faults import Corrupt, Fault, Kill
 from ray_dnn.plan import Plan, lay
 from tests import zoo
-from tests.local import Job, Lost, Run, assert_same, close, run
+from tests.local import Job, Lost, Run, assert_same, close
 from tests.losses import ComputesWrongly, Disturbed, disturb
 
 WORKERS = 5
@@ -43,7 +43,7 @@ def _end_processes() -> Iterator[None]:
 
 @functools.cache
 def undisturbed(make: Any = audited) -> Run:
-    return run(partial(make, None), {0: 1})
+    return disturb(partial(make, None), agents=1).run
 
 
 def struck(audit: Audit, *faults: Fault, **more: Any) -> Disturbed:
@@ -66,7 +66,9 @@ def convicted(name: str, late: bool = False) -> set[Lost]:
 @pytest.mark.parametrize("make", [audited, with_buffers])
 @pytest.mark.parametrize("audit", [ONE, EVERY, Audit(workers=2, states=0), Audit(workers=3, states=2)])
 def test_an_audit_changes_no_bit_and_accuses_nobody(make: Any, audit: Audit) -> None:
-    assert_same(undisturbed(make), run(partial(make, audit), {0: 3, 2: 4, 4: 2, 6: 1}))
+    deaths = Kill("computing", step=4, rank=1), Kill("applying", step=6, rank=0)
+    disturbed = disturb(partial(make, audit), *deaths, until={0: 2}, joins={1: 1})
+    assert_same(undisturbed(make), disturbed.run)
 
 
 @pytest.mark.parametrize("rank", range(3))

@@ -15,7 +15,7 @@ import pytest
 from ray_dnn.errors import AgentLostError
 from ray_dnn.faults import Fault, Kill, Partition
 from tests import zoo
-from tests.local import Job, Make, Run, assert_same, close, run
+from tests.local import Job, Make, Run, assert_same, close
 from tests.losses import Deaf, Disturbed, Driver, Hold, StopWithLies, Tell, disturb, enduring, recover, second
 
 IN_A_STEP = (
@@ -59,7 +59,7 @@ def _end_processes() -> Iterator[None]:
 
 @functools.cache
 def undisturbed(name: str) -> Run:
-    return run(JOBS[name], {0: 1})
+    return disturb(JOBS[name], agents=1).run
 
 
 def survive(name: str, *faults: Fault, **more: Any) -> Disturbed:
@@ -370,4 +370,4 @@ def test_many_recoveries_leave_nothing_behind() -> None:
     for early, late in zip(recovered.early, recovered.late, strict=True):
         assert late[:3] == early[:3]  # descriptors, sockets, threads
         assert late.memory_bytes < early.memory_bytes + 8 * 2**20
-    assert_same(run(enduring(count), {0: 1}), recovered.run)
+    assert_same(disturb(enduring(count), agents=1).run, recovered.run)
