@@ -285,7 +285,7 @@ def test_the_step_is_taken_again_where_who_has_it_dies_before_it_could_be_given(
 def test_who_was_given_a_step_gives_it_on_when_the_giver_dies() -> None:
     """The giver's words reach one of two only, and it dies."""
     faults = [*only_one_commits(2), Tell("computing", step=3, rank=1)]
-    faults += [Deaf("copying", agent=2, peer=2), Tell("applying", agent=1, step=3)]
+    faults += [Deaf("copying", agent=2, peer=2), Tell("applying", agent=1, step=2)]
 
     def struck(driver: Driver, index: int) -> None:
         if index == 3:

@@ -1,14 +1,22 @@
 """Agents start without torch's compiler, and whoever needs it gets it."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from ray_dnn.config import TrainConfig
+from ray_dnn.engine.numerics import environment
+
 OPTIMIZE = """
 import sys, torch
+from ray_dnn.config import TrainConfig
+from ray_dnn.engine import numerics
 from ray_dnn.engine.light import postpone_compiler
 postpone_compiler()
+numerics.enforce(TrainConfig(batch_size=1, epochs=1))
+assert torch.are_deterministic_algorithms_enabled()
 model = torch.nn.Linear(3, 1)
 for kind in (torch.optim.AdamW, torch.optim.SGD):
     optimizer = kind(model.parameters(), lr=0.1)
@@ -32,5 +40,8 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_the_compiler_is_loaded_when_it_is_needed_and_not_before(use: str) -> None:
     code = f"{OPTIMIZE}\n{USES[use]}\nassert 'sympy' in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    variables = os.environ | environment(TrainConfig(batch_size=1, epochs=1))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr

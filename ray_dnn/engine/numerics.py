@@ -62,7 +62,8 @@ def enforce(config: TrainConfig) -> Profile:
             )
     torch.set_num_threads(config.num_threads)
     torch.set_flush_denormal(False)
-    torch.use_deterministic_algorithms(config.deterministic)
+    # As use_deterministic_algorithms, which would load the compiler to tell it too.
+    torch.set_deterministic_debug_mode("error" if config.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Attention in eval mode would take another path, which fails under autocast.
     torch.backends.mha.set_fastpath_enabled(False)
