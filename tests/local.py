@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -427,6 +428,8 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
         importlib.import_module(name)
     postpone_compiler()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a collection in an agent would copy all that it shares with the others
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as requests:
         while (received := socket.recv_fds(requests, 1, 2))[0]:
