@@ -22,6 +22,7 @@ import ray.util
 
 from ray_dnn.checkpoint import weights_to_bytes
 from ray_dnn.comm.mesh import AbandonedError, Address, GarbledError, Listener, Mesh, PeerLostError
+from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
 from ray_dnn.engine.audit import ConvictedError
@@ -355,7 +356,9 @@ class Agent:
         first = first_contribution(contributor, twice)
         others = {n: (r, job.indexes[n].rows) for n, r in readers.items() if n != "train"}
         evaluator = Evaluator(state, others, collate) if others and job.spec.evaluate else None
-        engine = self.engine = Engine(contributor, evaluator, self._group, first.metrics, self.marks, job.audit)
+        engine = self.engine = Engine(
+            contributor, evaluator, self._group, first.metrics, self.marks, job.audit, SharedMemory()
+        )
         engine.states.start()
         digest = codec.digest(state.export())
         self._checked = job.audit is not None

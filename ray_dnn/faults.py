@@ -23,6 +23,7 @@ import ray
 import torch
 
 from ray_dnn.engine.contribute import Given, Leaf
+from ray_dnn.engine.outlet import Ready
 from ray_dnn.errors import ConfigError
 from ray_dnn.phases import Phase, Status
 
@@ -231,11 +232,15 @@ def _corrupt_contribution(engine: Engine) -> None:
     contributor = engine.contributor
     right = contributor.contribute
 
-    def wrong(worker: int, worker_state: Any, leaf: Leaf, agent: str = "") -> Given:
-        given = right(worker, worker_state, leaf, agent)
+    def wrong(worker: int, worker_state: Any, leaf: Leaf, agent: str = "", ready: Ready | None = None) -> Given:
+        names: list[str] = []
+        given = right(worker, worker_state, leaf, agent, names.append)
         if given.rows:
             _flip(next(lane for lane in leaf.vector if len(lane)))
             contributor.contribute = right  # type: ignore[method-assign]
+        if ready is not None:
+            for name in names:
+                ready(name)
         return given
 
     contributor.contribute = wrong  # type: ignore[method-assign]

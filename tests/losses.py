@@ -128,7 +128,7 @@ class ComputesWrongly(Fault):
         contributor = victim.engine.contributor
         right = contributor.contribute
 
-        def wrong(worker: int, worker_state: Any, leaf: Leaf, agent: str = "") -> Given:
+        def wrong(worker: int, worker_state: Any, leaf: Leaf, agent: str = "", ready: Any = None) -> Given:
             given: Given = right(worker, worker_state, leaf, agent)
             if given.rows:
                 _flip(leaf.vector[0])

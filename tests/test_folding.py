@@ -1,5 +1,6 @@
 """What an agent has computed of a step outlives any interruption and any change of its range."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +34,17 @@ class Contributor:
 
     def new_leaf(self, phase: str) -> Leaf:
         self.made += 1
-        return Leaf([torch.full((5,), torch.nan)], [])
+        vector = torch.full((5,), torch.nan)
+        return Leaf([vector], [], {"start": vector[:2], "end": vector[2:]})
 
-    def contribute(self, worker: int, worker_state: Any, leaf: Leaf, agent: str) -> Given:
+    def contribute(self, worker: int, worker_state: Any, leaf: Leaf, agent: str, ready: Callable[[str], None]) -> Given:
         assert worker_state == f"state of {worker}"
         self.computed.append(worker)
-        leaf.vector[0].copy_(contribution(self.tick, worker))
+        leaf.vector[0].fill_(torch.nan)
+        whole = contribution(self.tick, worker)
+        for name, part in {"end": whole[2:], "start": whole[:2]}.items():
+            leaf.slots[name].copy_(part)
+            ready(name)
         return Given(rows=worker)
 
 
@@ -54,6 +60,11 @@ class Told(Exception):
 def attempt(folding: Folding, contributor: Contributor, nodes: tuple[Node, ...], patience: int) -> Any:
     """Fold, but leave before the contribution number ``patience``. The pieces, or None."""
     begun = 0
+    told: dict[tuple[Node, str], tuple[Leaf, torch.Tensor]] = {}
+
+    def ready(node: Node, leaf: Leaf, name: str) -> None:
+        assert (node, name) not in told
+        told[node, name] = leaf, leaf.slots[name].clone()
 
     def begin(worker: int) -> None:
         nonlocal begun
@@ -62,9 +73,13 @@ def attempt(folding: Folding, contributor: Contributor, nodes: tuple[Node, ...],
             raise Told
 
     try:
-        return folding.fold(contributor.tick, nodes, "me", begin)
+        pieces = folding.fold(contributor.tick, nodes, "me", begin, ready)
     except Told:
         return None
+    for (node, name), (leaf, value) in told.items():  # what was called ready has not changed
+        assert pieces[node] is leaf
+        assert torch.equal(leaf.slots[name], value)
+    return pieces
 
 
 def inside(piece: Node, nodes: tuple[Node, ...]) -> bool:
@@ -85,15 +100,20 @@ def attempts(draw: st.DrawFn) -> tuple[int, list[tuple[tuple[Node, ...], int]]]:
 
 
 @examples
-@given(attempts(), st.integers(0, 1))
+@given(attempts(), st.integers(0, 1), st.booleans())
 def test_pieces_outlive_interruptions_and_other_ranges_and_fold_to_the_same_bits(
-    drawn: tuple[int, list[tuple[tuple[Node, ...], int]]], phase: int
+    drawn: tuple[int, list[tuple[tuple[Node, ...], int]]], phase: int, whole: bool
 ) -> None:
     workers, tries = drawn
     contributor = Contributor()
     contributor.tick = (0, phase)
     finished: list[int] = []
-    folding = Folding(contributor, States(), lambda worker, given, leaf: finished.append(worker))  # type: ignore[arg-type]
+
+    def look(worker: int, given: Given, leaf: Leaf) -> None:
+        assert torch.equal(leaf.vector[0], contribution(contributor.tick, worker))
+        finished.append(worker)
+
+    folding = Folding(contributor, States(), look if whole else None)  # type: ignore[arg-type]
     known = {Node(w, w + 1): contribution(contributor.tick, w) for w in range(workers)}
     tries.append((tries[-1][0], workers))  # the last one is not interrupted
     for nodes, patience in tries:
@@ -106,7 +126,7 @@ def test_pieces_outlive_interruptions_and_other_ranges_and_fold_to_the_same_bits
         assert set(folding.given) == {w for piece in folding._pieces for w in range(*piece)}
         leaves = [id(leaf) for leaf in folding._pieces.values()]
         assert len(leaves) == len(set(leaves))
-    assert finished == contributor.computed
+    assert finished == (contributor.computed if whole else [])
     assert pieces.keys() == set(nodes)
     for node, leaf in pieces.items():
         assert torch.equal(leaf.vector[0], fold(node, known.get, torch.add))
@@ -117,7 +137,7 @@ def test_pieces_outlive_interruptions_and_other_ranges_and_fold_to_the_same_bits
 @given(st.integers(1, 13), st.lists(st.integers(0, 4), max_size=9))
 def test_an_agent_whose_range_stays_computes_no_worker_twice(workers: int, patience: list[int]) -> None:
     contributor = Contributor()
-    folding = Folding(contributor, States(), lambda *_: None)  # type: ignore[arg-type]
+    folding = Folding(contributor, States())  # type: ignore[arg-type]
     nodes = lay(0, workers, [1.0] * min(workers, 2)).cover(0)
     for finishes in [*patience, workers]:
         attempt(folding, contributor, nodes, finishes)
@@ -129,7 +149,7 @@ def test_an_agent_whose_range_stays_computes_no_worker_twice(workers: int, patie
 def test_nothing_of_one_step_or_phase_gets_into_another(drawn: tuple[int, list[tuple[tuple[Node, ...], int]]]) -> None:
     workers, tries = drawn
     contributor = Contributor()
-    folding = Folding(contributor, States(), lambda *_: None)  # type: ignore[arg-type]
+    folding = Folding(contributor, States())  # type: ignore[arg-type]
     ticks = [(step, phase) for step in range(len(tries)) for phase in range(2)]
     for (nodes, patience), (tick, following) in zip(
         [t for t in tries for _ in range(2)], pairwise([*ticks, (99, 0)]), strict=True

@@ -1,36 +1,70 @@
 """The sum over virtual workers along the fixed tree, whatever agent computed what.
 
-Each replica has folded the subtrees its range covers. The vector is cut into one slice a replica. In the first phase
-every replica sends to each other one its header and that one's slice of each of its subtrees; then each folds the rest
-of the tree for its own slice. In the second phase the finished slices are gathered, each behind one byte more, so that
-whoever has completed the exchange knows that everybody else has completed the first phase. With ranges that align with
-the tree the bytes moved are those of an all-reduce. Only plain additions happen, always with the same operands: equal
-bits.
+Theory of operation
+-------------------
+Each replica has folded the subtrees its range covers. The vector is cut into buckets, each bucket into one slice a
+replica. In the first phase every replica gives each other one its header and that one's slices of each of its subtrees;
+then each folds the rest of the tree for its own slices. In the second phase the finished slices are gathered. At the
+end everybody tells everybody that it is ready, so whoever has completed the exchange knows that everybody else has
+completed the first phase. With ranges that align with the tree the bytes moved are those of an all-reduce. Only plain
+additions happen, always with the same operands: equal bits.
+
+What is given to a peer is sent, or lies where the peer reads it (`ray_dnn.comm.shared`): then only the place is sent.
+
+Nothing waits for the whole. A bucket leaves as soon as it is ready (`Combination.ready`), from the last bucket to the
+first, which is the order in which backward computes gradients. It is folded as soon as everybody's slices of it are
+there, and gathered as soon as it is folded. Whoever computes hands what is ready to the kernel and computes on; there
+is no thread that would compete for the core.
 
 A vector is a list of lanes, one a dtype: flat tensors of float32 and float64.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ray_dnn.comm.mesh import Mesh
+from ray_dnn.comm.mesh import Mesh, Transfer
+from ray_dnn.comm.shared import Links
 from ray_dnn.marks import Marks
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
-from ray_dnn.tree import Node, fold
+from ray_dnn.tree import Node
 
 Vector = list[torch.Tensor]
+Between = Callable[[list[bytes]], None]
 
-_SLICE_ELEMENTS = 16  # slices start at multiples of this: 64 bytes in float32
+_ALIGN = 16  # slices start at multiples of so many elements: 64 bytes in float32
+_SMALLEST, _LARGEST = 2**18, 2**22  # elements of a bucket; a vector is cut into about eight
+_CHUNK = 2**15  # elements that are folded at once, so that sums in between stay in the cache
+_READY = struct.Struct("?")  # whether all of one's slices are finite
+
+
+class Bucket(NamedTuple):
+    """A stretch of a lane. Replica ``r`` folds the slice ``bounds[r] .. bounds[r + 1]``."""
+
+    lane: int
+    bounds: tuple[int, ...]
 
 
 def slice_bounds(length: int, parts: int) -> list[int]:
-    """Where the slices of a lane begin and end: ``parts + 1`` offsets, aligned, as even as alignment allows."""
-    blocks = -(-length // _SLICE_ELEMENTS)
-    return [min(length, (blocks * p // parts) * _SLICE_ELEMENTS) for p in range(parts)] + [length]
+    """Where the slices of a stretch begin and end: ``parts + 1`` offsets, aligned, as even as alignment allows."""
+    blocks = -(-length // _ALIGN)
+    return [min(length, (blocks * p // parts) * _ALIGN) for p in range(parts)] + [length]
+
+
+def cut(lengths: Sequence[int], parts: int) -> list[Bucket]:
+    """The buckets of lanes of these lengths, in the order in which they leave: from the end to the start."""
+    buckets = []
+    for lane, length in enumerate(lengths):
+        size = max(_SMALLEST, min(_LARGEST, -(-length // 8 // _ALIGN) * _ALIGN))
+        for start in range(0, length, size):
+            bounds = slice_bounds(min(size, length - start), parts)
+            buckets.append(Bucket(lane, tuple(start + bound for bound in bounds)))
+    return buckets[::-1]
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
@@ -38,19 +72,31 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().numpy().data
 
 
-def _ready() -> memoryview:
-    return memoryview(bytearray(1))
+def _nothing(headers: list[bytes]) -> None:
+    pass
 
 
 class TreeExchange:
     """Combines the vectors of one plan over one mesh (one member a replica)."""
 
-    def __init__(self, mesh: Mesh, plan: Plan, marks: Marks | None = None):
-        self._mesh = mesh
-        self._plan = plan
-        self._marks = marks or Marks()
-        self._covers = [plan.cover(r) for r in range(plan.replicas)]
-        self._scratch: dict[tuple[int, Node, int], torch.Tensor] = {}  # receive buffers by (peer, node, lane)
+    def __init__(self, mesh: Mesh, plan: Plan, marks: Marks | None = None, links: Links | None = None):
+        self.mesh = mesh
+        self.plan = plan
+        self.marks = marks or Marks()
+        self.links = links or Links(mesh)
+        self.covers = [plan.cover(r) for r in range(plan.replicas)]
+        self._scratch: dict[tuple[int, Node, int, torch.dtype], torch.Tensor] = {}  # received slices
+        self._sums: dict[tuple[int, torch.dtype], torch.Tensor] = {}  # where chunks are added up
+
+    def begin(self, out: Vector, header_sizes: Sequence[int], apart: bool = False) -> Combination:
+        """Begin to sum over the whole tree.
+
+        Args:
+            out: the vector that the sum will be written to. Same lanes as the others.
+            header_sizes: the lengths of everybody's headers, by replica.
+            apart: whether something else will go over the mesh between the two phases.
+        """
+        return Combination(self, out, header_sizes, apart)
 
     def combine(
         self,
@@ -58,88 +104,249 @@ class TreeExchange:
         header_sizes: Sequence[int],
         folded: Mapping[Node, Vector],
         out: Vector,
-        between: Callable[[list[bytes]], None] = lambda headers: None,
+        between: Between = _nothing,
+    ) -> list[bytes]:
+        """Sum over the whole tree what is there already. See `begin` and `Combination.finish`."""
+        return self.begin(out, header_sizes).finish(header, folded, between)
+
+    def scratch(self, peer: int, node: Node, bucket: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for what a peer sends. The same for the same arguments."""
+        key = (peer, node, bucket, dtype)
+        have = self._scratch.get(key)
+        if have is None or len(have) < length:
+            have = self._scratch[key] = torch.empty(length, dtype=dtype)
+        return have[:length]
+
+    def sums(self, depth: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a sum in between, one for each depth of the tree."""
+        have = self._sums.get((depth, dtype))
+        if have is None:
+            have = self._sums[depth, dtype] = torch.empty(_CHUNK, dtype=dtype)
+        return have[:length]
+
+
+class Combination:
+    """One sum over the tree, from the first bucket that is ready to the end.
+
+    Attributes:
+        finite: whether the sum is finite in every element. Known when `finish` returns.
+    """
+
+    def __init__(self, exchange: TreeExchange, out: Vector, header_sizes: Sequence[int], apart: bool):
+        mesh, links, covers = exchange.mesh, exchange.links, exchange.covers
+        self._exchange, self._out = exchange, out
+        self._apart = apart or mesh.checked  # checksums end a transfer
+        self._rank = mesh.rank
+        self._buckets = cut([len(lane) for lane in out], mesh.size)
+        self._senders = [peer for peer in mesh.peers if peer not in links.reads]
+        self._receivers = [peer for peer in mesh.peers if peer not in links.read_by]
+        self._places = struct.Struct(f"!{len(out)}q")  # of the lanes of one vector in shared memory
+        self._heads = {
+            peer: bytearray(len(covers[peer]) * self._places.size + header_sizes[peer]) for peer in mesh.peers
+        }
+        self._missing = [  # by bucket: what has not arrived of everybody's slices
+            sum(len(covers[peer]) if peer in self._senders else 1 for peer in mesh.peers) for _ in self._buckets
+        ]
+        self._own: Mapping[Node, Vector] | None = None  # until `finish`
+        self._folded: set[int] = set()  # buckets
+        self._lengths = {node: [b.bounds[-1] - b.bounds[0] for b in self._buckets] for node in covers[self._rank]}
+        self._queue = [(node, index) for node in covers[self._rank] for index in range(len(self._buckets))]
+        self._sent = 0  # of the queue
+        self.finite = True
+        receives = {peer: self._expected(peer) for peer in mesh.peers}
+        self._transfer: Transfer = mesh.begin(receives, self._received)
+
+    def _expected(self, peer: int) -> list[memoryview]:
+        """What comes from a peer in the first transfer: slices of its subtrees, its header, finished slices."""
+        expected = []
+        if peer in self._senders:
+            expected += [view_bytes(self._part(peer, n, i)) for n, i in self._indexed(peer)]
+        expected.append(memoryview(self._heads[peer]))
+        if peer in self._senders and not self._apart:
+            expected += self._finished(peer)
+        return expected
+
+    def _indexed(self, peer: int) -> list[tuple[Node, int]]:
+        return [(node, index) for node in self._exchange.covers[peer] for index in range(len(self._buckets))]
+
+    def _part(self, peer: int, node: Node, index: int) -> torch.Tensor:
+        """Where a peer's part of this member's slice of a bucket arrives."""
+        lane, bounds = self._buckets[index]
+        length = bounds[self._rank + 1] - bounds[self._rank]
+        return self._exchange.scratch(peer, node, index, length, self._out[lane].dtype)
+
+    def _finished(self, rank: int) -> list[memoryview]:
+        """The memory of a member's slices of the result, in the order in which they are sent."""
+        return [view_bytes(self._out[lane][bounds[rank] : bounds[rank + 1]]) for lane, bounds in self._buckets]
+
+    # -- as it becomes ready -------------------------------------------------------------------------------------------
+
+    @property
+    def early(self) -> bool:
+        """Whether `ready` is of any use: whether there is anybody to send to."""
+        return bool(self._receivers)
+
+    def ready(self, node: Node, vector: Vector, lane: int, start: int, stop: int) -> None:
+        """These elements of a subtree's vector will not change any more. They leave when their bucket is ready."""
+        lengths = self._lengths[node]
+        for index, (its_lane, bounds) in enumerate(self._buckets):
+            if its_lane == lane:
+                lengths[index] -= max(0, min(stop, bounds[-1]) - max(start, bounds[0]))
+        before = self._sent
+        while self._sent < len(self._queue):
+            head, index = self._queue[self._sent]
+            if head != node or lengths[index]:
+                break
+            self._send(vector, index)
+        if self._sent > before or self._transfer.unsent:
+            self._transfer.pump()
+
+    def _send(self, vector: Vector, index: int) -> None:
+        lane, bounds = self._buckets[index]
+        for peer in self._receivers:
+            self._transfer.send(peer, [view_bytes(vector[lane][bounds[peer] : bounds[peer + 1]])])
+        self._sent += 1
+
+    # -- when all is ready ---------------------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        header: bytes,
+        folded: Mapping[Node, Vector],
+        between: Between = _nothing,
     ) -> list[bytes]:
         """Sum over the whole tree.
 
         Args:
             header: small bytes that everybody gets from everybody.
-            header_sizes: the lengths of everybody's headers, by replica.
-            folded: this replica's covering nodes and their vectors. Left unchanged.
-            out: the vector that the sum is written to. Same lanes as the others.
+            folded: this replica's covering nodes and their vectors. Left unchanged, and to be left unchanged until
+                this returns.
             between: called with the headers between the two phases. Whoever completes the exchange knows that this
                 call has returned on every member.
 
         Returns:
             The headers, by replica.
         """
-        rank, mesh = self._mesh.rank, self._mesh
-        self._marks.enter(Phase.EXCHANGE_FIRST)
-        bounds = [slice_bounds(len(lane), mesh.size) for lane in out]
-        headers = {peer: bytearray(header_sizes[peer]) for peer in mesh.peers}
-        sends, receives = {}, {}
+        exchange, mesh = self._exchange, self._exchange.mesh
+        marks, links = exchange.marks, exchange.links
+        marks.enter(Phase.EXCHANGE_FIRST)
+        self._own = folded
+        while self._sent < len(self._queue):
+            node, index = self._queue[self._sent]
+            self._send(folded[node], index)
+        places = b"".join(self._places.pack(*map(links.descriptor, folded[n])) for n in exchange.covers[self._rank])
         for peer in mesh.peers:
-            sends[peer] = [memoryview(header)] + [
-                view_bytes(lane[b[peer] : b[peer + 1]])
-                for node in self._covers[rank]
-                for lane, b in zip(folded[node], bounds, strict=True)
-            ]
-            receives[peer] = [memoryview(headers[peer])] + [
-                view_bytes(self._received(peer, node, lane, b[rank + 1] - b[rank], out[lane].dtype))
-                for node in self._covers[peer]
-                for lane, b in enumerate(bounds)
-            ]
-        mesh.exchange(sends, receives)
-        for lane, b in enumerate(bounds):
-            self._fold_slice(lane, folded, out[lane], b[rank], b[rank + 1])
-        everyone = [header if r == rank else bytes(headers[r]) for r in range(mesh.size)]
-        between(everyone)
-        self._marks.enter(Phase.EXCHANGE_MIDDLE)
-        slices = [
-            [_ready()] + [view_bytes(lane[b[r] : b[r + 1]]) for lane, b in zip(out, bounds, strict=True)]
+            self._transfer.send(peer, [memoryview(places + header)])
+        self._transfer.push()
+        for index, missing in enumerate(self._missing):
+            if not missing and index not in self._folded:
+                self._fold(index)
+        self._transfer.finish()
+        everyone = [
+            header if r == self._rank else bytes(self._heads[r][len(exchange.covers[r]) * self._places.size :])
             for r in range(mesh.size)
         ]
-        missing = sum(len(slices[peer]) for peer in mesh.peers)
+        between(everyone)
+        marks.enter(Phase.EXCHANGE_MIDDLE)
+        self._gather()
+        return everyone
+
+    def _received(self, peer: int, index: int) -> None:
+        """Something of the first transfer is here; fold what can be folded."""
+        if peer in self._senders:
+            parts = len(self._exchange.covers[peer]) * len(self._buckets)
+            if index < parts:
+                self._arrived(index % len(self._buckets))
+        elif index == 0:
+            for bucket in range(len(self._buckets)):
+                self._arrived(bucket)
+
+    def _arrived(self, index: int) -> None:
+        self._missing[index] -= 1
+        if not self._missing[index] and self._own is not None:
+            self._fold(index)
+
+    def _fold(self, index: int) -> None:
+        """Fold the tree above the covers for this member's slice of a bucket, and send the result."""
+        self._folded.add(index)
+        lane, bounds = self._buckets[index]
+        start, stop = bounds[self._rank], bounds[self._rank + 1]
+        target = self._out[lane][start:stop]
+        if start < stop:
+            values = self._values(index, start, stop)
+            for at in range(0, stop - start, _CHUNK):
+                self._fold_chunk({node: v[at : at + _CHUNK] for node, v in values.items()}, target[at : at + _CHUNK])
+        if not self._apart:
+            for peer in self._receivers:
+                self._transfer.send(peer, [view_bytes(target)])
+
+    def _values(self, index: int, start: int, stop: int) -> dict[Node, torch.Tensor]:
+        """Everybody's subtrees, for this member's slice of a bucket."""
+        lane = self._buckets[index].lane
+        links, values = self._exchange.links, {}
+        assert self._own is not None
+        for replica, nodes in enumerate(self._exchange.covers):
+            for number, node in enumerate(nodes):
+                if replica == self._rank:
+                    values[node] = self._own[node][lane][start:stop]
+                elif replica in links.reads:
+                    place = self._places.unpack_from(self._heads[replica], number * self._places.size)[lane]
+                    values[node] = links.view(replica, place, self._out[lane].dtype)[start:stop]
+                else:
+                    values[node] = self._part(replica, node, index)
+        return values
+
+    def _fold_chunk(self, values: Mapping[Node, torch.Tensor], target: torch.Tensor) -> None:
+        root = Node(0, self._exchange.plan.workers)
+        if root in values:  # this replica hosts everything
+            target.copy_(values[root])
+        else:
+            self._add_up(root, values, target, 0)
+        total = target.sum()
+        self.finite = self.finite and (bool(total.isfinite()) or bool(target.isfinite().all()))
+
+    def _add_up(self, node: Node, values: Mapping[Node, torch.Tensor], out: torch.Tensor, depth: int) -> torch.Tensor:
+        """The sum below a node: one of the values, or added up in ``out``."""
+        known = values.get(node)
+        if known is not None:
+            return known
+        left, right = node.children()
+        # The left sum may lie in ``out``: it is read before it is written to, element by element.
+        one = self._add_up(left, values, out, depth + 1)
+        other = self._add_up(right, values, self._exchange.sums(depth, len(out), out.dtype), depth + 1)
+        return torch.add(one, other, out=out)
+
+    def _gather(self) -> None:
+        """Get what the others folded, and tell them that this member is ready."""
+        mesh, links, marks = self._exchange.mesh, self._exchange.links, self._exchange.marks
+        ready = self._places.pack(*map(links.descriptor, self._out)) + _READY.pack(self.finite)
+        told = {peer: bytearray(len(ready)) for peer in mesh.peers}
+        missing = len(told)
 
         def received(peer: int, index: int) -> None:
             nonlocal missing
+            if index < len(receives[peer]) - 1:
+                return
+            self._take(peer, told[peer])
             missing -= 1
             if not missing:
-                self._marks.enter(Phase.EXCHANGE_LAST)
+                marks.enter(Phase.EXCHANGE_LAST)
 
-        mesh.exchange(dict.fromkeys(mesh.peers, slices[rank]), {peer: slices[peer] for peer in mesh.peers}, received)
-        return everyone
+        slices = self._finished(self._rank) if self._apart else []
+        sends = {p: [*(slices if p in self._receivers else []), memoryview(ready)] for p in mesh.peers}
+        receives = {
+            p: [*(self._finished(p) if self._apart and p in self._senders else []), memoryview(told[p])]
+            for p in mesh.peers
+        }
+        mesh.exchange(sends, receives, received)
 
-    def _received(self, peer: int, node: Node, lane: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        key = (peer, node, lane)
-        have = self._scratch.get(key)
-        if have is None or have.dtype != dtype or len(have) < length:
-            have = self._scratch[key] = torch.empty(length, dtype=dtype)
-        return have[:length]
-
-    def _fold_slice(self, lane: int, folded: Mapping[Node, Vector], out: torch.Tensor, start: int, stop: int) -> None:
-        """Fold the tree above the covers for one slice. Sums go to receive buffers, the last one to ``out``."""
-        if start == stop:
+    def _take(self, peer: int, told: bytearray) -> None:
+        """A peer is ready: read its slices where it was not to send them."""
+        self.finite = self.finite and _READY.unpack_from(told, self._places.size)[0]
+        if peer not in self._exchange.links.reads:
             return
-        rank = self._mesh.rank
-        target = out[start:stop]
-        values: dict[Node, torch.Tensor] = {}
-        for replica, nodes in enumerate(self._covers):
-            for node in nodes:
-                values[node] = (
-                    folded[node][lane][start:stop]
-                    if replica == rank
-                    else self._scratch[(replica, node, lane)][: stop - start]
-                )
-        own = {value.data_ptr() for node, value in values.items() if node in self._covers[rank]}
-
-        def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            # Two subtrees of one replica are never siblings (they would be one cover), so one side is scratch.
-            return torch.add(left, right, out=right if left.data_ptr() in own else left)
-
-        root = Node(0, self._plan.workers)
-        if root in values:  # this replica hosts everything
-            target.copy_(values[root])
-            return
-        left, right = (fold(child, values.get, add) for child in root.children())
-        torch.add(left, right, out=target)
+        places = self._places.unpack_from(told)
+        for lane, bounds in self._buckets:
+            theirs = self._exchange.links.view(peer, places[lane], self._out[lane].dtype)
+            start, stop = bounds[peer], bounds[peer + 1]
+            self._out[lane][start:stop].copy_(theirs[start:stop])

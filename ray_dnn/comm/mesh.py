@@ -268,51 +268,31 @@ class Mesh:
         self._adopt(peer, connection)
         connection.setblocking(False)
 
+    def begin(self, receives: Mapping[int, Buffers], received: Callable[[int, int], None] | None = None) -> Transfer:
+        """Begin to receive, and to send what `Transfer.send` is given. One at a time.
+
+        Args:
+            receives: for each peer the buffers to fill, in the order in which it sends them. Bytes, contiguous.
+            received: called with (peer, index) whenever a buffer is full, in the thread that waits.
+        """
+        return Transfer(self, self._peers, self._wake_read, receives, received)
+
     def exchange(
         self,
         sends: Mapping[int, Buffers],
         receives: Mapping[int, Buffers],
         received: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Send and receive until all is done.
-
-        Args:
-            sends: for each peer the buffers to send, in order. Bytes, contiguous.
-            receives: for each peer the buffers to fill, in the order in which it sends them.
-            received: called with (peer, index) whenever a buffer is full, in this thread.
+        """Send and receive until all is done. ``sends``: for each peer the buffers to send; the others: see `begin`.
 
         Raises:
             PeerLostError: a peer's connection closed. The buffers are in an undefined state.
             AbandonedError: `abandon` was called.
         """
-        flows = {
-            peer: _Flow(self, peer, connection, sends.get(peer, ()), receives.get(peer, ()), received)
-            for peer, connection in self._peers.items()
-        }
-        poller = select.poll()
-        poller.register(self._wake_read, select.POLLIN)
-        waiting: dict[int, _Flow] = {}
-        for flow in flows.values():
-            mask = flow.advance(select.POLLIN | select.POLLOUT)
-            if mask:
-                poller.register(flow.connection, mask)
-                waiting[flow.connection.fileno()] = flow
-        while waiting:
-            events = poller.poll(_WAITING_MS)
-            if not events and self.waits is not None:
-                self.waits([flow.peer for flow in waiting.values()])
-            for descriptor, ready in events:
-                if descriptor == self._wake_read:
-                    raise self._abandonment()
-                flow = waiting[descriptor]
-                mask = flow.advance(ready)
-                if not mask:
-                    poller.unregister(descriptor)
-                    del waiting[descriptor]
-                elif mask != flow.mask:
-                    poller.modify(descriptor, mask)
-                flow.mask = mask
-        self.check()
+        transfer = self.begin(receives, received)
+        for peer, buffers in sends.items():
+            transfer.send(peer, buffers)
+        transfer.finish()
 
     def gather(self, payload: bytes | bytearray) -> list[bytes]:
         """Everybody's payload, by rank. All payloads must have the same length."""
@@ -350,6 +330,89 @@ class Mesh:
             os.close(self._wake_write)
 
 
+class Transfer:
+    """Bytes on their way between a member and the others, from `Mesh.begin` to `finish`."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        connections: Mapping[int, socket.socket],
+        wake: int,
+        receives: Mapping[int, Buffers],
+        received: Callable[[int, int], None] | None,
+    ):
+        self._mesh = mesh
+        self._wake = wake
+        self._flows = {
+            peer: _Flow(mesh, peer, connection, receives.get(peer, ()), received)
+            for peer, connection in connections.items()
+        }
+        self._failure: PeerLostError | None = None  # what went wrong in `pump`
+
+    def send(self, peer: int, buffers: Buffers) -> None:
+        """Send these behind what was given before. They must stay as they are until `finish` has returned."""
+        self._flows[peer].append(buffers)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something given to `send` is not with the kernel yet."""
+        return any(flow.needs & select.POLLOUT for flow in self._flows.values())
+
+    def pump(self) -> None:
+        """Do what can be done without waiting. Never raises: what goes wrong is raised by `finish`."""
+        if self._failure is None:
+            try:
+                for flow in self._flows.values():
+                    flow.advance(flow.needs)
+            except PeerLostError as error:
+                self._failure = error
+
+    def push(self) -> None:
+        """Hand to the kernel what it takes, before anything is received. Errors: see `Mesh.exchange`."""
+        if self._failure is not None:
+            raise self._failure
+        for flow in self._flows.values():
+            flow.advance(flow.needs & select.POLLOUT)
+
+    def finish(self) -> None:
+        """Send and receive until all is done; ``received`` may send more. Errors: see `Mesh.exchange`."""
+        for flow in self._flows.values():
+            flow.close()
+        self.push()
+        for flow in self._flows.values():
+            flow.advance(flow.needs & select.POLLIN)
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        masks: dict[int, int] = {}  # what is polled for, by peer; nothing where it is done
+        while self._watch(poller, masks):
+            events = poller.poll(_WAITING_MS)
+            if not events and self._mesh.waits is not None:
+                self._mesh.waits(list(masks))
+            ready = dict(events)
+            if self._wake in ready:
+                break
+            for peer in list(masks):
+                flow = self._flows[peer]
+                if event := ready.get(flow.connection.fileno(), 0):
+                    flow.advance(event)
+        self._mesh.check()
+
+    def _watch(self, poller: select.poll, masks: dict[int, int]) -> bool:
+        """Poll for what flows need now. Returns whether there is anything left to do."""
+        for peer, flow in self._flows.items():
+            before, needs = masks.get(peer, 0), flow.needs
+            if needs and not before:
+                poller.register(flow.connection, needs)
+            elif needs and needs != before:
+                poller.modify(flow.connection, needs)
+            elif before and not needs:
+                poller.unregister(flow.connection)
+            masks[peer] = needs
+            if not needs:
+                del masks[peer]
+        return bool(masks)
+
+
 class _Flow:
     """What is still to be sent to and received from one peer."""
 
@@ -358,26 +421,43 @@ class _Flow:
         mesh: Mesh,
         peer: int,
         connection: socket.socket,
-        sends: Buffers,
         receives: Buffers,
         received: Callable[[int, int], None] | None,
     ):
         self.peer = peer
         self.connection = connection
-        self.mask = select.POLLIN | select.POLLOUT
         self._mesh = mesh
-        self._out = [_bytes(b) for b in sends]
+        self._out: list[memoryview] = []
         self._in = [_bytes(b) for b in receives]
         self._last = len(self._in)  # buffers that were asked for; what comes after is the checksum
         self._received = received
         self._out_at = self._in_at = 0  # the buffer at work
         self._out_done = self._in_done = 0  # bytes of it that are done
-        if mesh.checked:
-            self._out += [memoryview(_checksum(self._out))] if sends else []
-            self._in += [memoryview(bytearray(_CHECKSUM.size))] if receives else []
+        self._closed = False  # whether the checksum is behind what is to be sent
+        if mesh.checked and receives:
+            self._in.append(memoryview(bytearray(_CHECKSUM.size)))
 
-    def advance(self, ready: int) -> int:
-        """Do what can be done without waiting. Returns the poll events that are still needed, 0 when all is done."""
+    def append(self, buffers: Buffers) -> None:
+        """Send these too."""
+        if self._closed:
+            raise ProtocolError("the checksum of what was sent before is on its way")
+        self._out += [_bytes(b) for b in buffers]
+
+    def close(self) -> None:
+        """Where checksums travel: nothing more will be sent."""
+        if self._mesh.checked:
+            self._closed = True
+            self._out += [memoryview(_checksum(self._out))] if self._out else []
+
+    @property
+    def needs(self) -> int:
+        """The poll events that it waits for; 0 when all is done."""
+        needs_in = select.POLLIN if self._in_at < len(self._in) else 0
+        needs_out = select.POLLOUT if self._out_at < len(self._out) else 0
+        return needs_in | needs_out
+
+    def advance(self, ready: int) -> None:
+        """Do what can be done without waiting."""
         try:
             if ready & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 self._receive()
@@ -385,9 +465,6 @@ class _Flow:
                 self._send()
         except OSError as error:
             raise PeerLostError(self.peer, str(error), self._mesh.channel) from error
-        needs_in = select.POLLIN if self._in_at < len(self._in) else 0
-        needs_out = select.POLLOUT if self._out_at < len(self._out) else 0
-        return needs_in | needs_out
 
     def _send(self) -> None:
         while self._out_at < len(self._out):

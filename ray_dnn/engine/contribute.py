@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from ray_dnn.comm.exchange import Vector
+from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.engine import codec
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.layout import Layout
 from ray_dnn.engine.loss import Pairs
-from ray_dnn.engine.records import NONFINITE_GRADIENT, NONFINITE_LOSS, RecordFormat
+from ray_dnn.engine.outlet import Outlet, Ready
+from ray_dnn.engine.records import NONFINITE_LOSS, RecordFormat
 from ray_dnn.engine.rng import generator, seed_everything
 from ray_dnn.engine.state import TrainingState
 from ray_dnn.errors import ConfigError, RayDnnError, UserCodeError
@@ -35,14 +37,22 @@ class Leaf:
     Attributes:
         vector: lanes of the contribution.
         buffers: lanes of the weighted changes of float buffers.
+        slots: views of the vector, by name.
     """
 
     vector: Vector
     buffers: Vector
+    slots: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, other: Leaf) -> Leaf:
         """This leaf plus another, in this leaf's memory."""
-        for mine, theirs in zip(self.vector + self.buffers, other.vector + other.buffers, strict=True):
+        for mine, theirs in zip(self.vector, other.vector, strict=True):
+            mine.add_(theirs)
+        return self.add_buffers(other)
+
+    def add_buffers(self, other: Leaf) -> Leaf:
+        """As `add`, only the buffers."""
+        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
             mine.add_(theirs)
         return self
 
@@ -69,13 +79,19 @@ class Given:
 
 
 class Contributor:
-    """Computes contributions, in any order, each from the committed state alone."""
+    """Computes contributions, in any order, each from the committed state alone.
+
+    Attributes:
+        memory: where leaves lie; None: in memory that nobody else reads.
+    """
 
     def __init__(self, state: TrainingState, strategy: Strategy, source: BatchSource):
         self.state = state
         self.strategy = strategy
         self.source = source
         self.marks = Marks()
+        self.memory: SharedMemory | None = None
+        self._hands_over = getattr(type(strategy).contribute, "hands_over", False)
         self.layouts: dict[str, Layout] = {}
         for phase in state.phases:
             state.phase = phase
@@ -83,17 +99,28 @@ class Contributor:
         state.phase = state.phases[0]
 
     def new_leaf(self, phase: str) -> Leaf:
-        return Leaf(self.layouts[phase].zeros(), self.state.buffers.layout.zeros())
+        layout = self.layouts[phase]
+        vector = layout.zeros(self.memory)
+        slots = {name: layout.view(vector, name) for name in layout.slots}
+        return Leaf(vector, self.state.buffers.layout.zeros(self.memory), slots)
 
-    def contribute(self, worker: int, worker_state: WorkerState, leaf: Leaf, agent: str = "") -> Given:
+    @torch.no_grad()
+    def contribute(
+        self, worker: int, worker_state: WorkerState, leaf: Leaf, agent: str = "", ready: Ready | None = None
+    ) -> Given:
         """Compute ``worker``'s contribution of the present step and phase into ``leaf``.
+
+        ``ready``: called with each name when its slot in the leaf will not change any more, maybe while others are
+        still computed.
 
         Raises:
             UserCodeError: the user's code raised.
         """
+        outlet = Outlet(leaf.slots, ready)
         state, layout = self.state, self.layouts[self.state.phase]
         if not any(len(ids) for ids in self.source.row_ids(state.step, worker)):
-            for lane in leaf.vector + leaf.buffers:
+            outlet.close()
+            for lane in leaf.buffers:
                 lane.zero_()
             return Given(worker_state=worker_state)
         place = (state.config.seed, state.step, state.phases.index(state.phase), worker)
@@ -105,26 +132,29 @@ class Contributor:
         where += f", rows {_short(ids)}"
         seed_everything("contribute", *place)
         rng = generator("strategy", *place)
-        given, new_state = guarded(
-            f"loss, {where}", lambda: self.strategy.contribute(state, worker_state, batches, rng)
-        )
+        with torch.enable_grad(), state.handing_over(outlet if self._hands_over else None):
+            given, new_state = guarded(
+                f"loss, {where}", lambda: self.strategy.contribute(state, worker_state, batches, rng)
+            )
         weight = float(given.weight)
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"The weight of a contribution was {weight} ({where}); it must be finite and at least 0.")
         strange = set(given.sums) - set(layout.slots)
         if strange:
             raise ConfigError(f"The strategy contributed {sorted(strange)[:3]}, which its vector() does not declare.")
-        with torch.no_grad():
-            layout.pack(given.sums, leaf.vector)
-            changed = state.buffers.changed()
-            state.buffers.deltas(changed, weight, leaf.buffers)
-            names = [n for n in state.buffers.others if n in changed]
-            values = dict(zip(names, state.buffers.values(names), strict=True))
-            state.buffers.restore()
+        for name, tensor in given.sums.items():
+            if name not in outlet.given:
+                outlet.give(name, tensor)
+        outlet.close()
+        changed = state.buffers.changed()
+        state.buffers.deltas(changed, weight, leaf.buffers)
+        names = [n for n in state.buffers.others if n in changed]
+        values = dict(zip(names, state.buffers.values(names), strict=True))
+        state.buffers.restore()
         return Given(
             rows=len(ids),
             digest=row_checksum(batch.row_ids for batch in batches),
-            flags=_flags(leaf.vector, given.metrics),
+            flags=_flags(given.metrics),
             weight=weight,
             metrics=dict(given.metrics),
             touched=frozenset(n for n, t in given.sums.items() if t is not None),
@@ -184,10 +214,10 @@ def finite(vector: Vector) -> bool:
     return all(bool(lane.sum().isfinite()) or bool(lane.isfinite().all()) for lane in vector)
 
 
-def _flags(vector: Vector, metrics: Any) -> int:
-    flags = 0 if finite(vector) else NONFINITE_GRADIENT
+def _flags(metrics: Any) -> int:
+    """Whether gradients are finite is looked at where they are summed up."""
     loss = metrics.get("loss")
-    return flags | (NONFINITE_LOSS if loss is not None and not np.isfinite(loss[0]) else 0)
+    return NONFINITE_LOSS if loss is not None and not np.isfinite(loss[0]) else 0
 
 
 def _short(ids: list[int]) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ray_dnn.comm.exchange import Vector
+from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.errors import ConfigError
 
 LANES = (torch.float32, torch.float64)
@@ -45,21 +46,17 @@ class Layout:
         text = repr([(n, s.lane, s.offset, tuple(s.shape)) for n, s in self.slots.items()])
         self.hash = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
-    def zeros(self) -> Vector:
+    def zeros(self, memory: SharedMemory | None = None) -> Vector:
         """A fresh vector. The gaps between slots stay zero for ever."""
-        return [torch.zeros(length, dtype=dtype) for length, dtype in zip(self.lengths, LANES, strict=True)]
+        make = memory.zeros if memory else lambda length, dtype: torch.zeros(length, dtype=dtype)
+        return [make(length, dtype) for length, dtype in zip(self.lengths, LANES, strict=True)]
 
     def view(self, vector: Vector, name: str) -> torch.Tensor:
         """The slot of a name, in the tensor's shape."""
         slot = self.slots[name]
         return vector[slot.lane][slot.offset : slot.offset + slot.numel].view(slot.shape)
 
-    def pack(self, tensors: Mapping[str, torch.Tensor | None], vector: Vector) -> None:
-        """Copy tensors to their slots; absent ones and None become zeros."""
-        for name in self.slots:
-            tensor = tensors.get(name)
-            target = self.view(vector, name)
-            if tensor is None:
-                target.zero_()
-            else:
-                target.copy_(tensor)
+    def extent(self, name: str) -> tuple[int, int, int]:
+        """The lane of a slot, and where it begins and ends there, with the gap behind it."""
+        slot = self.slots[name]
+        return slot.lane, slot.offset, slot.offset + -(-slot.numel // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS

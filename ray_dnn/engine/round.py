@@ -27,6 +27,7 @@ class Round:
         members: names of the replicas' agents at this rank.
         generation: that made it.
         vector: the combined contributions.
+        finite: whether they are finite in every element.
         floats: names of the float buffers that changed; the sums of their changes are in ``buffer_sums``.
         values: new values of the other buffers that changed.
     """
@@ -40,6 +41,7 @@ class Round:
     members: tuple[str, ...]
     generation: int
     vector: Vector
+    finite: bool
     floats: set[str]
     buffer_sums: Vector
     values: dict[str, torch.Tensor]
@@ -70,6 +72,7 @@ _PLAIN = (
     "members",
     "generation",
     "vector",
+    "finite",
     "buffer_sums",
     "values",
 )

@@ -13,7 +13,9 @@ from torch import nn
 from ray_dnn.config import TrainConfig, TrainSpec
 from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.buffers import Buffers
+from ray_dnn.engine.gradients import Accumulator, Handing
 from ray_dnn.engine.loss import GradientSums, Pairs, add_pairs, as_pairs, as_sum, number
+from ray_dnn.engine.outlet import Outlet
 from ray_dnn.engine.rng import seed_everything
 from ray_dnn.errors import ConfigError
 from ray_dnn.parallel import ReplicaGroup, full
@@ -86,6 +88,7 @@ class TrainingState:
         # User code may have left gradients behind; a contribution must start from none.
         self.model.zero_grad(set_to_none=True)
         self._fixed = unmoved.of_updates(self.parameters, self.optimizers)
+        self._handing = Handing(self.parameters)
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -117,31 +120,37 @@ class TrainingState:
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
-    def gradients(self, parameters: Mapping[str, nn.Parameter], batch: Batch) -> GradientSums:
+    @contextlib.contextmanager
+    def handing_over(self, outlet: Outlet | None) -> Iterator[None]:
+        """Have `gradients` hand what is ``final`` over to this outlet as soon as it is there."""
+        self._handing.outlet = outlet
+        try:
+            yield
+        finally:
+            self._handing.outlet = None
+
+    def gradients(self, parameters: Mapping[str, nn.Parameter], batch: Batch, final: bool = False) -> GradientSums:
         """The gradient of the summed loss of this phase over a batch, accumulated in at least float32.
 
-        Leaves no gradient in the model.
+        Leaves no gradient in the model. ``final``: the sums are the contribution as it is (see `hands_over`); those
+        that were handed over meanwhile are replaced by an empty tensor.
         """
         loss_function = self.losses[self.phase]
         name = f"loss[{self.phase!r}]" if len(self.losses) > 1 else "loss"
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         weight = 0.0
         metrics: Pairs = {}
-        wide: dict[str, torch.Tensor] = {}  # float32 sums of half-precision gradients
+        sums = Accumulator(parameters, 1.0 / scale)
         inputs = list(parameters.values())
         versions = self._versions()
-        for micro in batch.microbatches:
+        for index, micro in enumerate(batch.microbatches):
             with self.autocast():
                 loss = as_sum(loss_function(self.model, micro.data), micro.rows, name)
             if loss.total.requires_grad and inputs:
-                torch.autograd.backward([loss.total * scale], inputs=inputs)
-            for key, parameter in parameters.items():
-                if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    raise ConfigError(f"The gradient of {key} is sparse; use dense ones (Embedding(sparse=False)).")
-                if parameter.grad is not None and parameter.dtype in (torch.float16, torch.bfloat16):
-                    gradient = parameter.grad.to(torch.float32)
-                    wide[key] = wide[key] + gradient if key in wide else gradient
-                    parameter.grad = None
+                last = final and index == len(batch.microbatches) - 1
+                with self._handing.during(self.phase, sums) if last else contextlib.nullcontext():
+                    torch.autograd.backward([loss.total * scale], inputs=inputs)
+            sums.microbatch_done()
             weight += number(loss.weight)
             add_pairs(metrics, {"loss": (number(loss.total), number(loss.weight))})
             add_pairs(metrics, as_pairs(loss.metrics, micro.rows, f"{name}: Loss.metrics"))
@@ -151,12 +160,7 @@ class TrainingState:
                 f"{name} changed the parameters {', '.join(changed[:3])} while it computed, which only the agent that "
                 "computed it would know of. (Embedding(max_norm=…) does that.) Change them in after_update."
             )
-        sums: dict[str, torch.Tensor | None] = {}
-        for key, parameter in parameters.items():
-            total = wide.get(key, parameter.grad)
-            sums[key] = total if total is None or scale == 1.0 else total * (1.0 / scale)
-            parameter.grad = None
-        return GradientSums(sums, weight, metrics)
+        return GradientSums(sums.take_all(), weight, metrics)
 
     def _versions(self) -> list[int]:
         """How often each parameter was changed in place."""

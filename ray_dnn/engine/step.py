@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_dnn.comm.exchange import TreeExchange, Vector
+from ray_dnn.comm.exchange import Combination, TreeExchange, Vector
 from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
+from ray_dnn.comm.shared import Links, SharedMemory
 from ray_dnn.config import Audit
 from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.audit import Auditor
@@ -69,8 +70,11 @@ class Engine:
         metrics: dict[str, list[str]],
         marks: Marks | None = None,
         audit: Audit | None = None,
+        memory: SharedMemory | None = None,
     ):
+        """``memory``: what other agents on this machine may read; None: everything is sent."""
         state = contributor.state
+        contributor.memory = memory
         self.contributor = contributor
         self.state = state
         self.states = WorkerStates(contributor.strategy, state)
@@ -81,7 +85,7 @@ class Engine:
         self._evaluator = evaluator
         self._group = group
         self._auditor = Auditor(audit, contributor, self.states) if audit else None
-        self._folding = Folding(contributor, self.states, self._finished)
+        self._folding = Folding(contributor, self.states, self._auditor.finished if self._auditor else None)
         self._formats = {
             phase: RecordFormat(
                 list(contributor.layouts[phase].slots),
@@ -93,8 +97,8 @@ class Engine:
             for phase in state.phases
         }
         # A spare one to combine into, and the one that `last` refers to, which stays as it is meanwhile.
-        self._vectors = {phase: [contributor.layouts[phase].zeros() for _ in range(2)] for phase in state.phases}
-        self._buffer_sums = state.buffers.layout.zeros()
+        self._vectors = {phase: [contributor.layouts[phase].zeros(memory) for _ in range(2)] for phase in state.phases}
+        self._buffer_sums = state.buffers.layout.zeros(memory)
         self._checked = False  # whether the state was found to be movable after an update
         self._clock = _Clock()
         self.joined: Joined | None = None
@@ -102,7 +106,7 @@ class Engine:
     def enter(self, generation: int, mesh: Mesh, plan: Plan, members: tuple[str, ...]) -> None:
         """Take a place in a generation. ``members``: the names of the agents at this rank, by replica."""
         self.generation, self.mesh, self.plan, self._members = generation, mesh, plan, members
-        self._exchange = TreeExchange(mesh, plan, self.marks)
+        self._exchange = TreeExchange(mesh, plan, self.marks, Links(mesh, self.contributor.memory))
 
     @property
     def position(self) -> Position:
@@ -159,7 +163,9 @@ class Engine:
         tick = (state.step, state.phases.index(state.phase))
         self.marks.enter(Phase.COMPUTING, state.step)
         started = time.perf_counter()
-        folded = self._folding.fold(tick, plan.cover(rank), self._members[rank], self._begin)
+        self._combination = self._begin_exchange()
+        ready = (self._leave,) if self._combination.early else ()
+        folded = self._folding.fold(tick, plan.cover(rank), self._members[rank], self._begin, *ready)
         seconds = time.perf_counter() - started
         given = self._folding.given
         form = self._formats[state.phase]
@@ -173,9 +179,16 @@ class Engine:
         if self._group.size == 1:
             self.mesh.check()
 
-    def _finished(self, worker: int, given: Given, leaf: Leaf) -> None:
-        if self._auditor:
-            self._auditor.finished(worker, given, leaf)
+    def _begin_exchange(self) -> Combination:
+        state, plan = self.state, self.plan
+        sizes = [self.form.size(len(plan.hosted(r))) for r in range(plan.replicas)]
+        apart = self.states.kind != "none" or self._auditor is not None
+        return self._exchange.begin(self.spare(state.phase), sizes, apart)
+
+    def _leave(self, node: Node, leaf: Leaf, name: str) -> None:
+        """A part of what this agent gives is ready, while the rest is still computed."""
+        layout = self.contributor.layouts[self.state.phase]
+        self._combination.ready(node, leaf.vector, *layout.extent(name))
 
     # -- combine -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +199,6 @@ class Engine:
         form, layout = self._formats[phase], self.contributor.layouts[phase]
         started = time.perf_counter()
         place = Place(self.generation, state.step, state.phases.index(phase), plan.number, layout.hash)
-        sizes = [form.size(len(plan.hosted(r))) for r in range(plan.replicas)]
         headers: list[Header] = []
 
         def between(raw: list[bytes]) -> None:
@@ -197,8 +209,11 @@ class Engine:
             self.states.exchange(self._packed, np.concatenate([h.records["state_bytes"] for h in headers]))
 
         vectors = {node: leaf.vector for node, leaf in folded.items()}
-        self._exchange.combine(form.pack(place, header), sizes, vectors, self._vectors[phase][0], between)
+        self._combination.finish(form.pack(place, header), vectors, between)
         records = np.concatenate([h.records for h in headers])
+        finite = self._combination.finite
+        if not finite and (state.loss_scale is None or records["flags"].any()):
+            records["flags"] |= self._look_for_nonfinite()
         floats, values = self._combine_buffers(form, records, folded, self._folding.given)
         self._clock.exchanged(time.perf_counter() - started)
         return Round(
@@ -211,10 +226,23 @@ class Engine:
             members=self._members,
             generation=self.generation,
             vector=self._vectors[phase][0],
+            finite=finite,
             floats=floats,
             buffer_sums=self._buffer_sums,
             values=values,
         )
+
+    def _look_for_nonfinite(self) -> NDArray[np.int64]:
+        """The sum is not finite: compute every contribution once more to say whose is not. By worker."""
+        phase, rank = self.state.phase, self.mesh.rank
+        leaf = self._folding.borrow(phase)
+        flags = []
+        for worker in self.plan.hosted(rank):
+            self.contributor.contribute(worker, self.states.of(worker), leaf, self._members[rank])
+            flags.append(0 if finite(leaf.vector) else NONFINITE_GRADIENT)
+        self._folding.give_back(phase, leaf)
+        said = self.mesh.gather_variable(np.array(flags, np.int64).tobytes())
+        return np.frombuffer(b"".join(said), np.int64)
 
     @torch.no_grad()
     def _combine_buffers(
@@ -259,8 +287,8 @@ class Engine:
             for mine, theirs in zip(self._buffer_sums, round_.buffer_sums, strict=True):
                 mine.copy_(theirs)
         self.marks.enter(Phase.APPLYING)
-        reason = self._apply(round_)
         self._folding.clear()
+        reason = self._apply(round_)
         self.last = round_
         self.partial["metrics"] |= self._metrics(round_)
         self.partial["skipped"] += [reason] if reason else []
@@ -297,8 +325,7 @@ class Engine:
     def _apply(self, round_: Round) -> str | None:
         """Update the committed state. Returns why nothing was updated, or None."""
         state, records, out = self.state, round_.records, round_.vector
-        layout = self.contributor.layouts[state.phase]
-        overflow = self._nonfinite(round_, out)
+        overflow = self._nonfinite(round_)
         if state.loss_scale is not None:
             gradient_overflow = overflow is not None and not (records["flags"] & ~NONFINITE_GRADIENT).any()
             state.loss_scale.update(gradient_overflow)
@@ -310,17 +337,20 @@ class Engine:
             return overflow
         if round_.weight > 0:
             touched = self._formats[state.phase].names("touched", records)
+            means = self._folding.borrow(state.phase)  # nobody reads leaves any more when an exchange is complete
             with torch.no_grad():
-                means = [lane / round_.weight for lane in out]
+                for lane, mean in zip(out, means.vector, strict=True):
+                    torch.div(lane, round_.weight, out=mean)
             seed_everything("apply", state.config.seed, state.step, state.phase)
-            combined = Combined({n: layout.view(means, n) for n in layout.slots if n in touched}, round_.weight)
+            combined = Combined({n: slot for n, slot in means.slots.items() if n in touched}, round_.weight)
             guarded(f"optimizer, step {state.step}", lambda: self.contributor.strategy.apply(state, combined))
+            self._folding.give_back(state.phase, means)
         with torch.no_grad():
             state.buffers.apply(round_.floats, self._buffer_sums, round_.weight, round_.values)
         self.states.commit()
         return None
 
-    def _nonfinite(self, round_: Round, out: Vector) -> str | None:
+    def _nonfinite(self, round_: Round) -> str | None:
         """Which contributions were not finite, in words that are the same on every agent but for names of hosts."""
         records = round_.records
         bad = [int(w) for w in np.flatnonzero(records["flags"])]
@@ -332,7 +362,7 @@ class Engine:
                 for w in bad
             ]
             return f"step {self.state.step}: not finite: " + "; ".join(what)
-        if not finite(out):
+        if not round_.finite:
             return f"step {self.state.step}: every contribution was finite, their sum was not"
         return None
 

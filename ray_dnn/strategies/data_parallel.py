@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ray_dnn.engine.outlet import hands_over
 from ray_dnn.parallel import clip_gradients, current_group
 from ray_dnn.strategies.base import Batch, Combined, Contribution, Strategy, WorkerState
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 class DataParallel(Strategy):
     """What one process would do with the whole batch, divided over virtual workers."""
 
+    @hands_over
     def contribute(
         self, state: TrainingState, worker_state: WorkerState, batches: Sequence[Batch], rng: torch.Generator
     ) -> tuple[Contribution, WorkerState]:
         (batch,) = batches
         parameters = state.trainable()
-        gradients = state.gradients(parameters, batch)
+        gradients = state.gradients(parameters, batch, final=True)
         return Contribution(gradients.sums, gradients.weight, gradients.metrics), worker_state
 
     def apply(self, state: TrainingState, combined: Combined) -> None:
