@@ -21,6 +21,7 @@ A vector is a list of lanes, one a dtype: flat tensors of float32 and float64.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -86,7 +87,8 @@ class TreeExchange:
         self.links = links or Links(mesh)
         self.covers = [plan.cover(r) for r in range(plan.replicas)]
         self._scratch: dict[tuple[int, Node, int, torch.dtype], torch.Tensor] = {}  # received slices
-        self._sums: dict[tuple[int, torch.dtype], torch.Tensor] = {}  # where chunks are added up
+        self.additions = additions(Node(0, plan.workers), [node for cover in self.covers for node in cover])
+        self._sums: dict[torch.dtype, list[torch.Tensor]] = {}  # where chunks are added up
 
     def begin(self, out: Vector, header_sizes: Sequence[int], apart: bool = False) -> Combination:
         """Begin to sum over the whole tree.
@@ -117,12 +119,33 @@ class TreeExchange:
             have = self._scratch[key] = torch.empty(length, dtype=dtype)
         return have[:length]
 
-    def sums(self, depth: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a sum in between, one for each depth of the tree."""
-        have = self._sums.get((depth, dtype))
-        if have is None:
-            have = self._sums[depth, dtype] = torch.empty(_CHUNK, dtype=dtype)
-        return have[:length]
+    def sums(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Memory for the sums of one chunk but the result."""
+        if dtype not in self._sums:
+            sums = {into for _, _, into in self.additions}
+            self._sums[dtype] = [torch.empty(_CHUNK, dtype=dtype) for _ in range(len(sums) - 1)]
+        return self._sums[dtype]
+
+
+def additions(root: Node, known: Sequence[Node]) -> list[tuple[int, int, int]]:
+    """How the values of some nodes add up to that of the root: ``(left, right, into)``, in order.
+
+    Operands are numbered: first the known nodes as they come, behind them the sums, of which the first is the result.
+    A sum's memory is used again when it has been added to another.
+    """
+    found: list[tuple[int, int, int]] = []
+
+    def add_up(node: Node, into: int) -> int:
+        if node in known:
+            return known.index(node)
+        left, right = node.children()
+        one = add_up(left, into)
+        other = add_up(right, into + 1)
+        found.append((one, other, into))
+        return into
+
+    add_up(root, len(known))
+    return found
 
 
 class Combination:
@@ -272,49 +295,42 @@ class Combination:
         lane, bounds = self._buckets[index]
         start, stop = bounds[self._rank], bounds[self._rank + 1]
         target = self._out[lane][start:stop]
-        if start < stop:
-            values = self._values(index, start, stop)
-            for at in range(0, stop - start, _CHUNK):
-                self._fold_chunk({node: v[at : at + _CHUNK] for node, v in values.items()}, target[at : at + _CHUNK])
+        values = self._values(index, start, stop) if start < stop else []
+        total = 0.0
+        for at in range(0, stop - start, _CHUNK):
+            chunk = target[at : at + _CHUNK]
+            self._fold_chunk([value[at : at + _CHUNK] for value in values], chunk)
+            total += float(chunk.sum())
+        # A finite total proves that all elements are; else each is looked at.
+        self.finite = self.finite and (math.isfinite(total) or bool(target.isfinite().all()))
         if not self._apart:
             for peer in self._receivers:
                 self._transfer.send(peer, [view_bytes(target)])
 
-    def _values(self, index: int, start: int, stop: int) -> dict[Node, torch.Tensor]:
+    def _values(self, index: int, start: int, stop: int) -> list[torch.Tensor]:
         """Everybody's subtrees, for this member's slice of a bucket."""
         lane = self._buckets[index].lane
-        links, values = self._exchange.links, {}
+        links, values = self._exchange.links, []
         assert self._own is not None
         for replica, nodes in enumerate(self._exchange.covers):
             for number, node in enumerate(nodes):
                 if replica == self._rank:
-                    values[node] = self._own[node][lane][start:stop]
+                    values.append(self._own[node][lane][start:stop])
                 elif replica in links.reads:
                     place = self._places.unpack_from(self._heads[replica], number * self._places.size)[lane]
-                    values[node] = links.view(replica, place, self._out[lane].dtype)[start:stop]
+                    values.append(links.view(replica, place, self._out[lane].dtype)[start:stop])
                 else:
-                    values[node] = self._part(replica, node, index)
+                    values.append(self._part(replica, node, index))
         return values
 
-    def _fold_chunk(self, values: Mapping[Node, torch.Tensor], target: torch.Tensor) -> None:
-        root = Node(0, self._exchange.plan.workers)
-        if root in values:  # this replica hosts everything
-            target.copy_(values[root])
-        else:
-            self._add_up(root, values, target, 0)
-        total = target.sum()
-        self.finite = self.finite and (bool(total.isfinite()) or bool(target.isfinite().all()))
-
-    def _add_up(self, node: Node, values: Mapping[Node, torch.Tensor], out: torch.Tensor, depth: int) -> torch.Tensor:
-        """The sum below a node: one of the values, or added up in ``out``."""
-        known = values.get(node)
-        if known is not None:
-            return known
-        left, right = node.children()
-        # The left sum may lie in ``out``: it is read before it is written to, element by element.
-        one = self._add_up(left, values, out, depth + 1)
-        other = self._add_up(right, values, self._exchange.sums(depth, len(out), out.dtype), depth + 1)
-        return torch.add(one, other, out=out)
+    def _fold_chunk(self, values: list[torch.Tensor], target: torch.Tensor) -> None:
+        if len(values) == 1:  # this replica hosts everything
+            target.copy_(values[0])
+            return
+        between = [memory[: len(target)] for memory in self._exchange.sums(target.dtype)]
+        operands = [*values, target, *between]
+        for left, right, into in self._exchange.additions:
+            torch.add(operands[left], operands[right], out=operands[into])
 
     def _gather(self) -> None:
         """Get what the others folded, and tell them that this member is ready."""
