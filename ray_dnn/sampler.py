@@ -154,8 +154,9 @@ class Schedule:
 
     @property
     def batches_per_epoch(self) -> int:
-        """A last batch of fewer than ``min_rows`` rows joins the one before it."""
-        return len(split_micro(self.rows, self.batch_size, self.min_rows))
+        """A last batch of fewer than ``min_rows`` rows joins the one before it, if there is one."""
+        whole, rest = divmod(self.rows, self.batch_size)
+        return whole + (rest >= self.min_rows or (rest > 0 and whole == 0))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,21 +1,28 @@
 """The mesh: bytes arrive where they belong, waits end when they should, and nobody else gets in."""
 
 import contextlib
+import gc
+import math
 import random
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_dnn.comm import exchange as exchange_module
 from ray_dnn.comm.exchange import TreeExchange
 from ray_dnn.comm.mesh import _HELLO, _MAGIC, AbandonedError, Listener, Mesh, PeerLostError
+from ray_dnn.comm.shared import Links, SharedMemory
 from ray_dnn.plan import Plan
 from ray_dnn.tree import Node, fold
 
@@ -106,10 +113,22 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(0, (0, *sorted(cuts), workers))
 
 
+def shared(memory: SharedMemory | None, vector: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A copy of a vector, where others read it."""
+    if memory is None:
+        return vector
+    return [memory.zeros(len(lane), lane.dtype).copy_(lane) for lane in vector]
+
+
+@mock.patch.multiple(exchange_module, _SMALLEST=64, _CHUNK=24)
 @examples
-@given(plans(), st.integers(0, 200), st.integers(0, 90), st.integers(0, 99))
-def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, doubles: int, seed: int) -> None:
+@given(plans(), st.integers(0, 700), st.integers(0, 90), st.integers(0, 99), st.booleans())
+def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, doubles: int, seed: int, apart: bool) -> None:
+    """Some members read each other's memory, others send; parts are ready in any order, early or at the end."""
     rng = torch.Generator().manual_seed(seed)
+    dice = random.Random(seed)
+    memories = [SharedMemory() if dice.random() < 0.6 else None for _ in range(plan.replicas)]
+    early = [dice.random() < 0.7 for _ in range(plan.replicas)]
 
     def lanes() -> list[torch.Tensor]:
         return [torch.randn(singles, generator=rng), torch.randn(doubles, generator=rng, dtype=torch.float64)]
@@ -121,17 +140,54 @@ def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, double
     outs = [lanes() for _ in range(plan.replicas)]
 
     def combine(mesh: Mesh) -> list[list[bytes]]:
-        exchange = TreeExchange(mesh, plan)
-        folded = {node: fold(node, known.get, add) for node in plan.cover(mesh.rank)}
-        header_sizes = list(range(plan.replicas))
-        return [exchange.combine(b"h" * mesh.rank, header_sizes, folded, outs[mesh.rank]) for _ in range(2)]
+        memory = memories[mesh.rank]
+        exchange = TreeExchange(mesh, plan, links=Links(mesh, memory))
+        folded = {node: shared(memory, fold(node, known.get, add)) for node in plan.cover(mesh.rank)}
+        two = [shared(memory, outs[mesh.rank]) for _ in range(2)]  # in turn, as the engine does
+        headers = []
+        for turn in range(4):
+            combination = exchange.begin(two[turn % 2], list(range(plan.replicas)), apart)
+            assert combination.early == (len(exchange.links.read_by) < plan.replicas - 1)
+            for node, vector in folded.items() if early[mesh.rank] else ():
+                for lane, start, stop in pieces(vector, mesh.rank):
+                    combination.ready(node, vector, lane, start, stop)
+            headers.append(combination.finish(b"h" * mesh.rank, folded))
+            assert combination.finite
+        assert all(torch.equal(a, b) for a, b in zip(*two, strict=True))
+        for mine, lane in zip(outs[mesh.rank], two[0], strict=True):
+            mine.copy_(lane)
+        return headers
+
+    def pieces(vector: list[torch.Tensor], rank: int) -> list[tuple[int, int, int]]:
+        cuts = [(lane, at, min(at + 50, len(v))) for lane, v in enumerate(vector) for at in range(0, len(v), 50)]
+        random.Random(rank).shuffle(cuts)
+        return cuts
 
     with connected(plan.replicas) as members:
         headers = together([lambda m=m: combine(m) for m in members])  # type: ignore[misc]
-    assert headers == [[[b"h" * r for r in range(plan.replicas)]] * 2] * plan.replicas
+    assert headers == [[[b"h" * r for r in range(plan.replicas)]] * 4] * plan.replicas
     expected = fold(Node(0, plan.workers), known.get, add)
     for out in outs:
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("memory", [None, SharedMemory], ids=["sent", "read"])
+def test_all_learn_that_the_sum_is_not_finite(bad: float, memory: type[SharedMemory] | None) -> None:
+    plan = Plan(0, (0, 1, 2, 3))
+
+    def combine(mesh: Mesh) -> bool:
+        mine = memory() if memory else None
+        exchange = TreeExchange(mesh, plan, links=Links(mesh, mine))
+        vector = shared(mine, [torch.full((500,), 3e38 if math.isinf(bad) else 1.0)])
+        if mesh.rank == 1 and math.isnan(bad):
+            vector[0][123] = bad
+        combination = exchange.begin(shared(mine, [torch.zeros(500)]), [0, 0, 0])
+        combination.finish(b"", {Node(mesh.rank, mesh.rank + 1): vector})
+        return combination.finite
+
+    with connected(3) as members:
+        assert together([lambda m=m: combine(m) for m in members]) == [False] * 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("length", [0, 7, 500], ids=["no_slices", "one_slice", "all_slices"])
@@ -153,6 +209,59 @@ def test_nobody_completes_an_exchange_before_all_have_done_what_is_between_its_p
         for future in others:
             future.result(LIMIT_S)
     assert early == [False]
+
+
+# -- shared memory ---------------------------------------------------------------------------------------------------
+
+
+def linked(memories: list[SharedMemory | None], checked: bool = False) -> list[Links]:
+    with connected(len(memories)) as members:
+        for member in members:
+            member.checked = checked
+        return together([lambda m=m: Links(m, memories[m.rank]) for m in members])  # type: ignore[misc]
+
+
+def test_only_what_two_members_can_both_do_is_done_through_memory() -> None:
+    links = linked([SharedMemory(), None, SharedMemory()])
+    assert [link.reads for link in links] == [{2}, set(), {0}]
+    assert [link.read_by for link in links] == [{2}, set(), {0}]
+    assert all(not link.reads for link in linked([SharedMemory(), SharedMemory()], checked=True))
+
+
+def test_a_process_of_the_same_number_elsewhere_is_not_taken_for_a_neighbour() -> None:
+    one, other = SharedMemory(), SharedMemory()
+    pid, descriptor, token = struct.unpack("!qq16s", other.identity)
+    assert one.meet(other.identity) == {}
+    assert one.meet(struct.pack("!qq16s", pid, descriptor, bytes(reversed(token)))) is None
+    assert one.meet(struct.pack("!qq16s", 2**22 + 1, descriptor, bytes(16))) is None
+
+
+def access_to(tensor: torch.Tensor) -> str:
+    """What this process may do with a tensor's memory, as /proc writes it."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return line.split()[1]
+    raise AssertionError("not mapped")
+
+
+def test_what_a_peer_shared_stays_readable_when_it_is_gone_and_cannot_be_written_to() -> None:
+    memories: list[SharedMemory | None] = [SharedMemory(), SharedMemory()]
+    first, *links = linked(memories)
+    theirs = memories[1]
+    assert theirs is not None
+    tensors = [theirs.zeros(100, torch.float64) for _ in range(2)]
+    descriptors = [theirs.descriptor(tensor) for tensor in tensors]
+    tensors[0].fill_(7.0)
+    view = first.view(1, descriptors[0], torch.float64)
+    assert access_to(view) == "r--s"
+    memories[1] = theirs = None
+    links.clear()
+    del tensors
+    gc.collect()
+    assert bool((view == 7.0).all())
+    with pytest.raises(PeerLostError, match="cannot be read"):
+        first.view(1, descriptors[1], torch.float64)
 
 
 # -- the end of a wait -----------------------------------------------------------------------------------------------

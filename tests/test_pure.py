@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ray_dnn.comm.exchange import slice_bounds
+from ray_dnn.comm.exchange import additions, cut, slice_bounds
 from ray_dnn.engine import codec
 from ray_dnn.engine.audit import state_sum
 from ray_dnn.engine.records import Header, Place, RecordFormat
@@ -178,6 +178,7 @@ def test_microbatches_have_their_size_and_never_fewer_than_the_least(rows: int, 
     assert all(piece == size for piece in pieces[:-1])
     assert rows < least or min(pieces) >= least
     assert not pieces or pieces[-1] < size + least
+    assert Schedule(rows, size, 1, least, steps=1).batches_per_epoch == len(pieces)
 
 
 @st.composite
@@ -601,6 +602,33 @@ def test_slices_cover_a_lane_evenly_at_aligned_places(length: int, parts: int) -
     assert all(bound % 16 == 0 for bound in bounds[1:-1] if bound < length)
     sizes = [stop - start for start, stop in pairwise(bounds)]
     assert max(sizes) - min(sizes) <= 32
+
+
+@examples
+@given(st.lists(st.integers(0, 9_000_000), min_size=1, max_size=3), st.integers(1, 9))
+def test_buckets_cover_all_lanes_once_and_leave_from_the_end(lengths: list[int], parts: int) -> None:
+    buckets = cut(lengths, parts)
+    assert all(len(bucket.bounds) == parts + 1 for bucket in buckets)
+    places = [(bucket.lane, bucket.bounds[0], bucket.bounds[-1]) for bucket in buckets]
+    assert places == sorted(places, reverse=True)
+    for lane, length in enumerate(lengths):
+        mine = [(start, stop) for its, start, stop in reversed(places) if its == lane]
+        assert [start for start, _ in mine] + [length] == [0] + [stop for _, stop in mine]
+        assert len(mine) <= 10
+
+
+@examples
+@given(st.integers(1, 40), st.data())
+def test_additions_follow_the_tree(workers: int, data: st.DataObject) -> None:
+    cuts = data.draw(st.sets(st.integers(1, workers - 1), max_size=5)) if workers > 1 else set()
+    bounds = [0, *sorted(cuts), workers]
+    known = [node for start, stop in pairwise(bounds) for node in cover(start, stop, workers)]
+    operands: dict[int, str] = dict(enumerate(map(str, known)))
+    for left, right, into in additions(Node(0, workers), known):
+        operands[into] = f"({operands[left]} + {operands[right]})"
+    names = dict(zip(known, map(str, known), strict=True))
+    expected = fold(Node(0, workers), names.get, lambda one, other: f"({one} + {other})")
+    assert operands[len(known) if len(known) > 1 else 0] == expected
 
 
 def test_a_place_fits_what_it_holds() -> None:

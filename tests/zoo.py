@@ -677,6 +677,40 @@ def checkpointed_dropout() -> Job:
     return job(50, {"virtual_workers": 3, "min_rows": 2}, model=model, loss=loss)
 
 
+class Recomputed(torch.autograd.Function):
+    """Computes a module a second time in backward, by a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        out: torch.Tensor = module(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), grads[0])
+        return x.grad, None
+
+
+def recomputed_layers() -> Job:
+    """A layer that is recomputed twice: its gradient comes in two parts."""
+
+    def loss(model: Any, batch: Rows) -> torch.Tensor:
+        hidden = model[0](batch["x"])
+        for _ in range(2):
+            hidden = Recomputed.apply(hidden, model[1:3])  # type: ignore[no-untyped-call]
+        return (model[3](hidden).squeeze(-1) - batch["y"]).square().mean()
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    return job(50, {"virtual_workers": 3}, model=model, loss=loss)
+
+
 class Adversaries(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -903,6 +937,7 @@ _PLAIN = (
     rows_without_weight,
     gradient_penalty,
     checkpointed_dropout,
+    recomputed_layers,
     gan,
     graph_network,
     combined_worker_states,

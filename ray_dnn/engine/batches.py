@@ -44,10 +44,16 @@ class BatchSource:
         self._collate = collate
         self._seed = seed
         self._microbatch_size = microbatch_size
+        self._known: dict[int, dict[int, list[Rows]]] = {}  # row_ids by step and worker, of the last two steps
 
     def row_ids(self, step: int, worker: int) -> list[Rows]:
         """The rows of each of a worker's batches of a step."""
-        return [self._order.at(p.epoch, p.start, p.stop) for p in self.schedule.pieces(step, worker)]
+        if step not in self._known:
+            self._known = {other: ids for other, ids in self._known.items() if other == step - 1} | {step: {}}
+        known = self._known[step]
+        if worker not in known:
+            known[worker] = [self._order.at(p.epoch, p.start, p.stop) for p in self.schedule.pieces(step, worker)]
+        return known[worker]
 
     def batches(self, step: int, worker: int) -> list[Batch]:
         """A worker's batches of a step, read and collated."""

@@ -2,8 +2,8 @@
 
 A gradient that is handed over during backward is combined while others are still computed, is copied while it is in
 the cache, and its memory is free at once. That is right only if nothing is added to it any more. Backward accumulates
-each parameter once, but for a few models (reentrant checkpoints of shared layers). So the job's first contribution
-counts, and what came more than once waits for the end from then on.
+each parameter once, but for a few models (shared layers in autograd functions that call backward themselves). So the
+job's first contribution counts, and what came more than once waits for the end from then on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class Accumulator:
         """The sums by name; None where nothing was touched. Leaves no gradient in the model."""
         return {name: _HANDED_OVER if name in self._handed else self._take(name) for name in self._parameters}
 
-    @torch.no_grad()
     def _take(self, name: str) -> torch.Tensor | None:
         parameter = self._parameters[name]
         if parameter.grad is not None and parameter.dtype in _HALF:

@@ -44,7 +44,8 @@ class Outlet:
         if name in self.given:
             raise ConfigError(
                 f"The gradient of {name} arrived in two parts, though in the job's first contribution it came at once. "
-                "Reentrant activation checkpointing does that: use torch.utils.checkpoint(…, use_reentrant=False)."
+                "An autograd function that calls backward itself, for a layer that is used twice, does that. Use the "
+                "function in the first contribution already, or torch.utils.checkpoint(…, use_reentrant=False)."
             )
         self.given.add(name)
         slot = self._slots[name]
