@@ -74,7 +74,7 @@ class Combined:
 
     Attributes:
         means: by name ``sum of sums / sum of weights``, for the names that at least one worker touched. Views into a
-            vector that the strategy may change.
+            vector that the strategy may change, and that is used again when `Strategy.apply` has returned.
         weight: the sum of the weights, above 0.
     """
 
