@@ -1,12 +1,19 @@
 """``python -m benchmarks [exchange] [start] [membership] [recovery]``: run, print tables, put them in the README."""
 
+import logging
 import re
 import sys
 from pathlib import Path
 
-from benchmarks import exchange, membership, recovery, start
+from benchmarks import exchange, membership, recovery, start, step
 
-ALL = {"exchange": exchange.run, "start": start.run, "membership": membership.run, "recovery": recovery.run}
+ALL = {
+    "step": step.run,
+    "exchange": exchange.run,
+    "start": start.run,
+    "membership": membership.run,
+    "recovery": recovery.run,
+}
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -15,6 +22,7 @@ def main(names: list[str]) -> None:
     unknown = set(names) - set(ALL)
     if unknown:
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    logging.getLogger("ray_dnn").addHandler(logging.NullHandler())  # so that runs do not tell their progress
     tables = []
     for name in names or ALL:
         table = ALL[name]()
