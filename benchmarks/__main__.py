@@ -5,10 +5,11 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import exchange, membership, recovery, start, step
+from benchmarks import exchange, membership, memory, recovery, start, step
 
 ALL = {
     "step": step.run,
+    "memory": memory.run,
     "exchange": exchange.run,
     "start": start.run,
     "membership": membership.run,
