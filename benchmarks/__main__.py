@@ -5,12 +5,13 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import exchange, membership, memory, recovery, start, step
+from benchmarks import driver, exchange, membership, memory, recovery, start, step
 
 ALL = {
     "step": step.run,
     "memory": memory.run,
     "exchange": exchange.run,
+    "driver": driver.run,
     "start": start.run,
     "membership": membership.run,
     "recovery": recovery.run,
