@@ -186,6 +186,7 @@ def run() -> Table:
                 f"{peer}: {max(least):.1f}",
                 f"{max(copies) - max(least):+.1f} copies",
                 max(copies) > max(least),
+                workers in (WORKERS[0], WORKERS[-1]),
             )
             for workers, copies in ours.items()
         ),

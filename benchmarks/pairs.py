@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-RESAMPLES = 10_000
+RESAMPLES = 4_000
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,8 @@ def run() -> Table:
             if side.workers:
                 words = f"{PEER.label}: {median(peer):.1f} ms"
                 claim = f"a step without faults, {task.name}, {AGENTS} agents, {side.label[side.label.index('V') :]}"
-                claims.append(Claim(claim, f"{median(mine):.1f} ms", words, str(ratio), ratio.median > 1))
+                brief = side.workers != SIDES[1].workers
+                claims.append(Claim(claim, f"{median(mine):.1f} ms", words, str(ratio), ratio.median > 1, brief))
     return Table(
         name="step",
         title=f"A step without faults, and {PEER.label}",

@@ -10,13 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the README.
+    """One thing that was measured, in a line.
 
     Attributes:
         what: was measured.
         ours, peer: medians with their units; the peer with its name.
         ratio: ours to the peer's, with its spread.
         worse: whether the peer is better, which docs/benchmarks.md then says.
+        brief: whether the README tells it too.
     """
 
     what: str
@@ -24,6 +25,7 @@ class Claim:
     peer: str = "–"
     ratio: str = "–"
     worse: bool = False
+    brief: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Table:
         title: in docs/benchmarks.md and of the picture.
         header, rows: with medians, lowest and highest values and the number of runs.
         notes: how it was measured, and whatever must be known to read it. A paragraph each.
-        claims: its lines in the README.
+        claims: what it says, a line each.
         bars, unit: its picture, docs/images/<name>.svg; without bars there is none.
         log: whether the picture's axis is logarithmic.
     """

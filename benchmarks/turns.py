@@ -21,9 +21,9 @@ class Gate:
     """Of one agent of a job."""
 
     def __init__(self, folder: str, job: str, warm_up: int):
-        line = socket.socket(socket.AF_UNIX)
-        line.connect(_address(folder, job))
-        self._line = line.makefile("rw")
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(_address(folder, job))
+            self._line = line.makefile("rw")  # which keeps it open
         self._left = warm_up
         self._released = time.monotonic()
 
@@ -35,6 +35,8 @@ class Gate:
         _say(self._line, [self._released, time.monotonic()])
         steps = self._line.readline()
         self._released, self._left = time.monotonic(), int(steps or 0)
+        if not self._left:
+            self._line.close()
         return self._left > 0
 
 
@@ -63,13 +65,17 @@ class Turns:
         """Let the job run its next block of so many steps; 0: it ends."""
         for line in self._lines:
             _say(line, steps)
+            if not steps:
+                line.close()
 
     def wait(self) -> float:
         """Wait for the end of the present block. Returns the seconds it took."""
         while len(self._lines) < self._agents:
             line, _ = self._server.accept()
-            line.settimeout(_BLOCK_S)
-            self._lines.append(line.makefile("rw"))
+            with line:
+                line.settimeout(_BLOCK_S)
+                self._lines.append(line.makefile("rw"))
+        self._server.close()
         times = [json.loads(line.readline()) for line in self._lines]
         return float(max(end for _, end in times) - min(begin for begin, _ in times))
 
