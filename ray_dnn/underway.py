@@ -16,7 +16,7 @@ from ray_dnn.plan import Plan
 
 _POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
 _POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches; longer and longer in a generation
-_POLL_PAUSE_MAX_S = 0.5
+_POLL_PAUSE_MAX_S = 0.2
 _LONGER = 1.5
 
 
