@@ -4,6 +4,7 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -33,7 +34,11 @@ lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy ray_dnn jobs
 
-bench: $(READY) ## Run the benchmarks; ARGS choose which
+$(BENCH): $(READY)
+	@$(PIP) --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH) ## Run the benchmarks; ARGS choose which, "--write" publishes the last results
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(READY) ## Strike at training runs until something breaks; ARGS="--faults 300", "--help"

@@ -10,6 +10,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from benchmarks import small
+from benchmarks.tables import Claim, Table, bar, spread
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.events import AgentStarted, FirstStep, GenerationFormed, Progress
 from ray_dnn.testing import read_events
@@ -19,21 +20,27 @@ ROUNDS = 6  # of each kind
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 
 
-def run() -> list[str]:
-    """The table, line by line."""
+def run() -> Table:
+    """The table."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory() as folder:
             gaps, step_s = _struck(folder)
     finally:
         ray.shutdown()
-    lines = [
-        f"| one of {AGENTS} agents, a step takes {step_s:.3f} s | signal to next new step: median | worst |",
-        "| --- | --- | --- |",
-    ]
-    for name, seconds in gaps.items():
-        lines.append(f"| {name}, {len(seconds)} times | {median(seconds):.3f} s | {max(seconds):.3f} s |")
-    return lines
+    return Table(
+        name="recovery",
+        title="How long an agent that is killed or stopped holds up the others",
+        header=(f"one of {AGENTS} agents", "times", "signal to next new step"),
+        rows=tuple((name, str(len(seconds)), spread(seconds, "s", 3)) for name, seconds in gaps.items()),
+        notes=(f"A step takes {step_s:.3f} s. From the signal to the end of the first step that is new.",),
+        claims=tuple(
+            Claim(f"from {name} of one of {AGENTS} agents to the next new step", f"{median(seconds):.3f} s")
+            for name, seconds in gaps.items()
+        ),
+        bars=tuple(bar(name, "ray_dnn", seconds) for name, seconds in gaps.items()),
+        unit="s",
+    )
 
 
 def _struck(folder: str) -> tuple[dict[str, list[float]], float]:

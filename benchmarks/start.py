@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from statistics import median
 from typing import Any
 
 import ray
@@ -11,7 +12,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 
 from benchmarks import small
-from benchmarks.pairs import ratio
+from benchmarks.pairs import compare
+from benchmarks.tables import Claim, Table, bar, spread
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.events import FirstStep
 from ray_dnn.testing import read_events
@@ -56,8 +58,8 @@ def _theirs(data: Any, folder: str) -> float:
     return float(result.return_value) - begun
 
 
-def run() -> list[str]:
-    """The table, line by line."""
+def run() -> Table:
+    """The table."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,9 +68,25 @@ def run() -> list[str]:
     finally:
         ray.shutdown()
     ours, theirs = [p[0] for p in pairs], [p[1] for p in pairs]
-    return [
-        "| fit() to first step | ray_dnn | Ray Train | ratio (middle half) |",
-        "| --- | --- | --- | --- |",
-        f"| {AGENTS} agents | {sorted(ours)[PAIRS // 2]:.1f} s | {sorted(theirs)[PAIRS // 2]:.1f} s "
-        f"| {ratio(ours, theirs)} |",
-    ]
+    ratio, what = compare(ours, theirs), f"{AGENTS} agents"
+    return Table(
+        name="start",
+        title="From fit() to the end of the first step, and Ray Train",
+        header=("fit() to first step", "ray_dnn", "Ray Train", "ratio (middle half)", "95 % bound"),
+        rows=((what, spread(ours, "s"), spread(theirs, "s"), str(ratio), f"{ratio.bound:.2f}"),),
+        notes=(
+            f"{PAIRS} interleaved pairs on a Ray cluster that is up: the same model, rows and agents; TorchTrainer, "
+            "with DistributedDataParallel and a shard of the same Ray Dataset.",
+        ),
+        claims=(
+            Claim(
+                f"from fit() to the first step, {what}",
+                f"{median(ours):.1f} s",
+                f"Ray Train {median(theirs):.1f} s",
+                str(ratio),
+                ratio.median > 1,
+            ),
+        ),
+        bars=(bar(what, "ray_dnn", ours), bar(what, "Ray Train", theirs)),
+        unit="s",
+    )

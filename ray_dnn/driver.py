@@ -52,7 +52,7 @@ from ray_dnn.setbacks import Setbacks
 from ray_dnn.storage import RunFolder
 from ray_dnn.underway import Underway
 
-_HEARTBEAT_S = 5.0  # an agent that hears nothing for ten minutes ends itself
+_HEARTBEAT_S = 1.0  # agents keep the reports of so long; one that hears nothing for ten minutes ends itself
 _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 
@@ -128,7 +128,7 @@ class Driver:
         return self._script.size or self._size.minimum
 
     def _heartbeat(self) -> None:
-        """Tell all agents that they are wanted."""
+        """Tell all agents that they are wanted, and which reports are known."""
         for replica in self._fleet.replicas.values():
             for agent in replica.agents:
                 agent.acknowledge.remote(self._recorder.serial - 1)

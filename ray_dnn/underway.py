@@ -15,7 +15,9 @@ from ray_dnn.loop import Loop
 from ray_dnn.plan import Plan
 
 _POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
-_POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches
+_POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches; longer and longer in a generation
+_POLL_PAUSE_MAX_S = 0.2
+_LONGER = 1.5
 
 
 class Watch(Protocol):
@@ -132,18 +134,20 @@ class Underway:
 
         self._loop.gather(references, done)
 
-    def poll(self, serial: Callable[[], int], record: Callable[[list[Report]], None]) -> None:
+    def poll(
+        self, serial: Callable[[], int], record: Callable[[list[Report]], None], pause_s: float = _POLL_PAUSE_S
+    ) -> None:
         """Have ``record`` called with what the agents report, as long as it runs. ``serial``: of the newest known."""
         if not self.running:
             return
-        reporter, *others = self.agents
-        # Everybody keeps reports until they are known, and the newest one to show that it has been compared.
-        for agent in others:
-            agent.acknowledge.remote(serial() - 1)
+        # Everybody keeps reports until they are known, and the newest one to show that it has been compared. The
+        # others hear what is known with the driver's heartbeat: each call takes time that they would compute in.
+        reporter = self.agents[0]
 
         def done(reports: list[Report] | None, error: Exception | None) -> None:
             if error is None and not self._over:
                 record(reports or [])
-                self._loop.later(_POLL_PAUSE_S, lambda: self.poll(serial, record))
+                longer = min(_LONGER * pause_s, _POLL_PAUSE_MAX_S)
+                self._loop.later(pause_s, lambda: self.poll(serial, record, longer))
 
         self._loop.watch(reporter.reports.remote(serial() - 1, _POLL_WAIT_S), done)

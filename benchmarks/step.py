@@ -1,0 +1,246 @@
+"""The healthy step against Ray Train's DistributedDataParallel, with the same model, weights, rows and optimizer.
+
+All jobs are alive in one Ray cluster and take turns (see `benchmarks.turns`). The peer reads its rows from tensors in
+memory, the cheapest loader there is; ours come through its normal feed from a Ray Dataset.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.train import RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchTrainer, prepare_model
+from torch import nn
+
+from benchmarks import turns
+from benchmarks.pairs import compare
+from benchmarks.step_jobs import Task, tasks
+from benchmarks.tables import Bar, Claim, Table, bar, spread
+from benchmarks.turns import FOR_EVER, Turns
+from ray_dnn import Patience, TrainConfig, Trainer, TrainSpec
+from ray_dnn.engine.numerics import environment
+from ray_dnn.testing import read_ledger
+
+AGENTS, PAIRS = 2, 20
+WARM_UP = 5  # steps
+BLOCK_S = 1.5
+SAME = 1e-3  # relative difference of losses that rounding makes in a few steps, at most
+
+
+def numbers(task: Task, workers: int) -> TrainConfig:
+    """Ours. The peer runs under the same numerics: one thread an agent, the same instruction set."""
+    return TrainConfig(task.batch, virtual_workers=workers, steps=FOR_EVER, shuffle="none")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train a task.
+
+    Attributes:
+        label: in the table.
+        workers: virtual workers; None: this is the peer.
+        pieces: in which the peer computes an agent's rows, accumulating gradients.
+        view: the peer's ``gradient_as_bucket_view``.
+        rare: whether it takes part in every second round only.
+    """
+
+    label: str
+    workers: int | None = None
+    pieces: int = 1
+    view: bool = False
+    rare: bool = True
+
+
+PEER = Side("Ray Train, DDP", rare=False)
+SIDES = (
+    Side(f"ray_dnn, V = {AGENTS}", AGENTS, rare=False),
+    Side(f"ray_dnn, V = {4 * AGENTS}", 4 * AGENTS),
+    Side(f"ray_dnn, V = {8 * AGENTS}", 8 * AGENTS),
+    PEER,
+    Side("DDP, gradient_as_bucket_view", view=True),
+    Side("DDP, 8 pieces accumulated", pieces=8),
+)
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------
+
+
+def _pass(folder: str, job: str, model: nn.Module, extra: dict[str, Any], step: int) -> None:
+    turns.gate(folder, job, WARM_UP).step()
+
+
+class Ours:
+    """A run of ours that waits for its turns."""
+
+    def __init__(self, task: Task, side: Side, folder: str, job: str):
+        assert side.workers is not None
+        self.turns = Turns(folder, job, AGENTS)
+        waits = partial(_pass, folder, job)
+        self._handle = Trainer(
+            TrainSpec(task.model, task.optimizer, task.loss, collate=task.collate, after_update=waits),
+            {"train": task.dataset()},
+            numbers(task, side.workers),
+            scaling_config=ScalingConfig(num_workers=AGENTS),
+            run_config=RunConfig(name=job, storage_path=folder),
+            patience=Patience(idle_s=1e4, stalled_s=1e4),  # an agent whose turn it is not looks as if it hung
+        ).start()
+
+    def end(self) -> list[float]:
+        """End it. Returns the losses of its steps."""
+        self._handle.stop()
+        self.turns.release(FOR_EVER)
+        return [line.metrics["loss"] for line in read_ledger(self._handle.result()).lines]
+
+
+# -- theirs ----------------------------------------------------------------------------------------------------------
+
+
+class Theirs:
+    """A run of the peer that waits for its turns."""
+
+    def __init__(self, task: Task, side: Side, folder: str, job: str):
+        self.turns = Turns(folder, job, AGENTS)
+        variables = environment(numbers(task, AGENTS))
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config={"task": task, "side": side, "folder": folder, "job": job},
+            scaling_config=ScalingConfig(num_workers=AGENTS),
+            run_config=RunConfig(name=job, storage_path=folder, worker_runtime_env={"env_vars": variables}),
+        )
+        self._result = ThreadPoolExecutor(1).submit(trainer.fit)
+
+    def end(self) -> list[float]:
+        """End it. Returns the losses of its steps."""
+        self.turns.release(0)
+        losses: list[float] = self._result.result().return_value
+        return losses
+
+
+def _loop(given: dict[str, Any]) -> list[float]:
+    """What an agent of Ray Train does. Returns the mean losses of the steps."""
+    task, side = given["task"], given["side"]
+    torch.set_num_threads(1)
+    model = prepare_model(task.model(), parallel_strategy_kwargs={"gradient_as_bucket_view": side.view})
+    optimizer = task.optimizer(model.module)
+    gate, losses = turns.gate(given["folder"], given["job"], WARM_UP), []
+    for step in range(FOR_EVER):
+        rows = task.rows(step, get_context().get_world_rank(), AGENTS)
+        total = 0.0
+        for piece, part in enumerate(rows.chunk(side.pieces)):
+            with model.no_sync() if piece + 1 < side.pieces else nullcontext():
+                loss = task.loss(model, part) / side.pieces
+                loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if not gate.step():
+            break
+    means = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(means)
+    return [float(x) / AGENTS for x in means]
+
+
+# -- turns -----------------------------------------------------------------------------------------------------------
+
+
+def measure(task: Task, folder: str) -> dict[Side, list[float | None]]:
+    """Seconds of a step, by side and round; None where a side sat a round out.
+
+    Raises:
+        AssertionError: the sides did not learn the same.
+    """
+    runs: dict[Side, Ours | Theirs] = {}
+    for number, side in enumerate(SIDES):
+        kind = Theirs if side.workers is None else Ours
+        runs[side] = kind(task, side, folder, f"{task.name.replace(' ', '-')}-{number}")
+    first = {side: run.turns.wait() for side, run in runs.items()}
+    runs[PEER].turns.release(WARM_UP)
+    steps = max(1, round(BLOCK_S * WARM_UP / runs[PEER].turns.wait()))
+    seconds: dict[Side, list[float | None]] = {side: [] for side in first}
+    random = Random(0)
+    for number in range(PAIRS):
+        for side in random.sample(SIDES, len(SIDES)):
+            if side.rare and number % 2:
+                seconds[side].append(None)
+                continue
+            runs[side].turns.release(steps)
+            seconds[side].append(runs[side].turns.wait() / steps)
+            time.sleep(0.1)  # reports that are still on their way to a driver are not the next one's
+    losses = {side: run.end() for side, run in runs.items()}
+    for side in SIDES:
+        _check(task, side, losses[side][: WARM_UP + steps], losses[PEER][: WARM_UP + steps])
+    return seconds
+
+
+def _check(task: Task, side: Side, ours: Sequence[float], theirs: Sequence[float]) -> None:
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    print(f"{task.name}, {side.label}: losses of {len(ours)} steps, to {ours[-1]:.4f}, differ by at most {worst:.1e}")
+    if worst > SAME:
+        raise AssertionError(f"{task.name}: {side.label} and {PEER.label} do not learn the same: {ours} and {theirs}")
+
+
+def run() -> Table:
+    """The table."""
+    ray.init(address="local", num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    results: dict[Task, dict[Side, list[float | None]]] = {}
+    try:
+        for task in tasks():
+            with tempfile.TemporaryDirectory() as folder:
+                results[task] = measure(task, folder)
+    finally:
+        ray.shutdown()
+    rows: list[tuple[str, ...]] = []
+    claims: list[Claim] = []
+    bars: list[Bar] = []
+    for task, seconds in results.items():
+        for side in SIDES:
+            both = [(a, b) for a, b in zip(seconds[side], seconds[PEER], strict=True) if a and b]
+            mine, peer = [1e3 * a for a, _ in both], [1e3 * b for _, b in both]
+            bars.append(bar(task.name, side.label, mine))
+            if side is PEER:
+                continue
+            ratio = compare(mine, peer)
+            what = f"{task.name}, {side.label}"
+            rows.append(
+                (what, str(len(both)), spread(mine, "ms"), spread(peer, "ms"), str(ratio), f"{ratio.bound:.3f}")
+            )
+            if side.workers:
+                words = f"{PEER.label}: {median(peer):.1f} ms"
+                claim = f"a step without faults, {task.name}, {AGENTS} agents, {side.label[side.label.index('V') :]}"
+                brief = side.workers != SIDES[1].workers
+                claims.append(Claim(claim, f"{median(mine):.1f} ms", words, str(ratio), ratio.median > 1, brief))
+    return Table(
+        name="step",
+        title=f"A step without faults, and {PEER.label}",
+        header=("job, side", "pairs", "its step", f"{PEER.label}: its step", "ratio (middle half)", "95 % bound"),
+        rows=tuple(rows),
+        notes=(
+            f"{AGENTS} agents on one machine, one thread each, float32 and AVX2 on both sides; the same initial "
+            "weights, rows of each agent and step, and optimizer. All jobs live in one Ray cluster and take turns: "
+            f"blocks of as many steps as the peer does in {BLOCK_S} s, in random order, while the others wait. A block "
+            "counts from the first agent's release to the last agent's end. Sides with half as many pairs take part in "
+            "every second round.",
+            "V is the number of virtual workers. With more of them than agents, an agent computes its rows in smaller "
+            "pieces, which costs something in any framework; DDP is also shown when it does the same.",
+            "The peer takes its rows from tensors in memory, ours come through the feed from a Ray Dataset. Losses of "
+            f"the first steps are compared in every run and must agree to {SAME:g}.",
+            "The driver and the watchers of ours are there during the peer's blocks too, as is the peer's controller "
+            "during ours.",
+        ),
+        claims=tuple(claims),
+        bars=tuple(bars),
+        unit="ms",
+    )
