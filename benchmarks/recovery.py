@@ -80,17 +80,18 @@ def run() -> Table:
     """The table."""
     ours, missing, rows = {}, [], []
     with tempfile.TemporaryDirectory() as folder, _cluster():
-        for width, rounds in ((1024, 8), (LARGE, 6)):
+        for width, rounds in ((1024, 6), (LARGE, 6)):
             name = f"{_millions(width)} M parameters"
             ours[name] = _ours(f"{folder}/ours-{width}", width, rounds)
             for signal_name, found in ours[name].items():
                 rows.append(Row("ray_dnn", f"{signal_name}, {name}", [r.seconds for r in found], "nothing"))
         for side, peer, signals in (
-            ("Ray Train", peers.ray_train, [KILL] * 3),
-            ("TorchFT", peers.torchft, [KILL, STOP] * 4),
+            ("Ray Train", peers.ray_train, [KILL] * 2),
+            (f"TorchFT, {peers.TIMEOUT_S:g} s timeout", peers.torchft, [KILL, STOP] * 2),
+            ("TorchFT, 1 s timeout", partial(peers.torchft, timeout_s=1.0), [KILL, STOP, KILL] * 2),
         ):
             try:
-                costs = _theirs(peer, f"{folder}/{side.replace(' ', '')}", signals)
+                costs = _theirs(peer, f"{folder}/{len(rows)}", signals)
             except NotRunError as error:
                 missing.append(f"{side} was not measured: {error}.")
                 continue
