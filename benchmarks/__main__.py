@@ -17,9 +17,9 @@ def main(names: list[str]) -> None:
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     tables = []
     for name in names or ALL:
-        table = "\n".join(ALL[name]())
-        print(f"\n{table}\n", flush=True)
-        tables.append(table)
+        table = ALL[name]()
+        print(f"\n{table.markdown()}\n", flush=True)
+        tables.append(table.markdown())
     if not names:  # only a complete run replaces what the README says
         text = README.read_text()
         block = "<!-- bench -->\n" + "\n\n".join(tables) + "\n<!-- /bench -->"

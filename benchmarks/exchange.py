@@ -8,7 +8,8 @@ from multiprocessing.queues import Queue
 import torch
 import torch.distributed as dist
 
-from benchmarks.pairs import milliseconds, ratio
+from benchmarks.pairs import compare, milliseconds
+from benchmarks.tables import Bar, Claim, Table, bar, spread
 from ray_dnn.comm.exchange import TreeExchange
 from ray_dnn.comm.mesh import Listener, Mesh
 from ray_dnn.plan import lay
@@ -51,10 +52,12 @@ def _rank(rank: int, ranks: int, port: int, results: "Queue[tuple[int, list[floa
     dist.destroy_process_group()
 
 
-def run() -> list[str]:
-    """The table, line by line."""
+def run() -> Table:
+    """The table."""
     context = multiprocessing.get_context("spawn")
-    lines = ["| exchange | ray_dnn | gloo all_reduce | ratio (middle half) |", "| --- | --- | --- | --- |"]
+    rows: list[tuple[str, ...]] = []
+    claims: list[Claim] = []
+    bars: list[Bar] = []
     for ranks in RANKS:
         results: Queue[tuple[int, list[float], list[float]]] = context.Queue()
         # The store listens in this process, so its port is free for sure; the ranks are its clients.
@@ -64,8 +67,25 @@ def run() -> list[str]:
             process.start()
         for _ in SIZES_MIB:
             size, ours, theirs = results.get(timeout=300)
-            row = f"| {ranks} agents, {size} MiB | {milliseconds(ours)} | {milliseconds(theirs)} "
-            lines.append(f"{row}| {ratio(ours, theirs)} |")
+            what, ratio = f"{ranks} agents, {size} MiB", compare(ours, theirs)
+            both = [[1e3 * seconds for seconds in side] for side in (ours, theirs)]
+            rows.append((what, *(spread(side, "ms") for side in both), str(ratio), f"{ratio.bound:.2f}"))
+            peer = f"gloo all_reduce {milliseconds(theirs)}"
+            claims.append(Claim(f"exchange, {what}", milliseconds(ours), peer, str(ratio), ratio.median > 1))
+            bars += [bar(what, "ray_dnn", both[0]), bar(what, "gloo all_reduce", both[1])]
         for process in processes:
             process.join()
-    return lines
+    return Table(
+        name="exchange",
+        title="Exchange of gradients along the fixed tree, and gloo's all_reduce",
+        header=("exchange", "ray_dnn", "gloo all_reduce", "ratio (middle half)", "95 % bound"),
+        rows=tuple(rows),
+        notes=(
+            f"{PAIRS} interleaved pairs after 2 that do not count, all ranks on one machine, one vector each; "
+            "time on rank 0, from a barrier until all ranks are done.",
+        ),
+        claims=tuple(claims),
+        bars=tuple(bars),
+        unit="ms",
+        log=True,
+    )

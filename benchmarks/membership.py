@@ -7,6 +7,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from benchmarks import small
+from benchmarks.tables import Claim, Table, bar, spread
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.events import FirstStep, GenerationFormed, Progress
 from ray_dnn.testing import read_events
@@ -14,8 +15,8 @@ from ray_dnn.testing import read_events
 CHANGES = 6  # resizes up and as many down
 
 
-def run() -> list[str]:
-    """The table, line by line."""
+def run() -> Table:
+    """The table."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -28,11 +29,20 @@ def run() -> list[str]:
         if isinstance(event, FirstStep) and event.generation > 1:
             gaps["join" if formed[event.generation].joined else "leave"].append(event.gap_s)
     parameters = sum(p.numel() for p in small.build_model().parameters())
-    lines = ["| change of membership | pause of the others, one step included: median | worst |", "| --- | --- | --- |"]
-    for name, seconds in gaps.items():
-        words = f"{name}, {parameters / 1e6:.1f} M parameters, AdamW, {len(seconds)} times"
-        lines.append(f"| {words} | {median(seconds):.3f} s | {max(seconds):.3f} s |")
-    return lines
+    job = f"{parameters / 1e6:.1f} M parameters, AdamW"
+    return Table(
+        name="membership",
+        title="How long the others pause when agents join or leave",
+        header=("change of membership", "times", "pause of the others, one step included"),
+        rows=tuple((name, str(len(seconds)), spread(seconds, "s", 3)) for name, seconds in gaps.items()),
+        notes=(f"From the last step before to the first step after; {job}, between 1 and 2 agents.",),
+        claims=tuple(
+            Claim(f"pause of the others when an agent {name}s, {job}", f"{median(seconds):.3f} s")
+            for name, seconds in gaps.items()
+        ),
+        bars=tuple(bar(name, "ray_dnn", seconds) for name, seconds in gaps.items()),
+        unit="s",
+    )
 
 
 def _resized(folder: str) -> list[object]:
