@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -70,13 +71,20 @@ def torchft(folder: str, workers: int, batch: int, timeout_s: float = TIMEOUT_S)
 def _fitting(trainer: TorchTrainer, folder: str) -> Iterator[Journal]:
     """The journal of a trainer that trains in another thread."""
     journal = Journal(folder)
-    thread = threading.Thread(target=trainer.fit, daemon=True)
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # of a run that is given up; who waits for its steps says so
+            print(f"a peer's run ended: {error}", file=sys.stderr)
+
+    thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     try:
         yield journal
     finally:
         journal.stop()
-        thread.join(60.0)
+        thread.join(30.0)
 
 
 def ray_train_loop(config: dict[str, Any]) -> None:

@@ -27,10 +27,15 @@ AGENTS, BATCH = 4, 64
 TARGET_S = 0.15  # beside the computing that could not be interrupted, and one step
 KILL, STOP = "SIGKILL", "SIGSTOP"
 LARGE = 3072  # inner width of a model of 10 million parameters
-START_S, RECOVER_S = 120.0, 60.0  # that peers are given
+START_S, RECOVER_S = 120.0, 120.0  # that peers are given
 PARTS = ("noticed", "told", "left", "connected", "agreed", "step")
 
 Peer = Callable[[str, int, int], AbstractContextManager[Journal]]
+PEERS: tuple[tuple[str, Peer, list[str]], ...] = (
+    ("Ray Train", peers.ray_train, [KILL] * 2),
+    (f"TorchFT, {peers.TIMEOUT_S:g} s timeout", peers.torchft, [KILL, STOP] * 2),
+    ("TorchFT, 1 s timeout", partial(peers.torchft, timeout_s=1.0), [KILL, STOP, KILL] * 2),
+)
 
 
 @dataclass(frozen=True)
@@ -79,22 +84,18 @@ class Row:
 def run() -> Table:
     """The table."""
     ours, missing, rows = {}, [], []
-    with tempfile.TemporaryDirectory() as folder, _cluster():
+    with tempfile.TemporaryDirectory() as folder:
         for width, rounds in ((1024, 6), (LARGE, 6)):
             name = f"{_millions(width)} M parameters"
-            ours[name] = _ours(f"{folder}/ours-{width}", width, rounds)
+            with _cluster():
+                ours[name] = _ours(f"{folder}/ours-{width}", width, rounds)
             for signal_name, found in ours[name].items():
                 rows.append(Row("ray_dnn", f"{signal_name}, {name}", [r.seconds for r in found], "nothing"))
-        for side, peer, signals in (
-            ("Ray Train", peers.ray_train, [KILL] * 2),
-            (f"TorchFT, {peers.TIMEOUT_S:g} s timeout", peers.torchft, [KILL, STOP] * 2),
-            ("TorchFT, 1 s timeout", partial(peers.torchft, timeout_s=1.0), [KILL, STOP, KILL] * 2),
-        ):
-            try:
-                costs = _theirs(peer, f"{folder}/{len(rows)}", signals)
-            except NotRunError as error:
-                missing.append(f"{side} was not measured: {error}.")
-                continue
+        for number, (side, peer, signals) in enumerate(PEERS):
+            with _cluster():  # its own: nothing of a peer that did not end takes cores from the next one
+                costs, error = _theirs(peer, f"{folder}/peer-{number}", signals)
+            if error is not None:
+                missing.append(f"{side} was not measured to the end: {error}.")
             for signal_name, found in costs.items():
                 what = f"{signal_name}, {_millions(1024)} M parameters"
                 rows.append(Row(side, what, [c.seconds for c in found], _lost(found)))
@@ -187,14 +188,17 @@ def _notes(ours: dict[str, dict[str, list[Recovery]]]) -> list[str]:
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
-def _theirs(peer: Peer, folder: str, signals: Sequence[str]) -> dict[str, list[Cost]]:
-    """Costs by signal."""
-    found: dict[str, list[Cost]] = {name: [] for name in dict.fromkeys(signals)}
-    with peer(folder, AGENTS, BATCH) as journal:
-        for turn, name in enumerate(signals):
-            journal.wait_for(AGENTS, 20, START_S)
-            found[name].append(journal.strike(name, turn, RECOVER_S))
-    return found
+def _theirs(peer: Peer, folder: str, signals: Sequence[str]) -> tuple[dict[str, list[Cost]], NotRunError | None]:
+    """Costs by signal, and why there are not more of them."""
+    found: dict[str, list[Cost]] = {}
+    try:
+        with peer(folder, AGENTS, BATCH) as journal:
+            for turn, name in enumerate(signals):
+                journal.wait_for(AGENTS, 20, START_S)
+                found.setdefault(name, []).append(journal.strike(name, turn, RECOVER_S))
+    except NotRunError as error:
+        return found, error
+    return found, None
 
 
 def _lost(costs: Sequence[Cost]) -> str:
