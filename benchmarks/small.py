@@ -5,22 +5,28 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
 ROWS, INPUTS = 4096, 64
 
 
+def table() -> NDArray[np.float32]:
+    """Random rows."""
+    return np.random.default_rng(0).standard_normal((ROWS, INPUTS)).astype(np.float32)
+
+
 def rows() -> Any:
-    """Random rows of one tensor column, "data"."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((ROWS, INPUTS)).astype(np.float32)
-    return ray.data.from_numpy([x])
+    """The same as a dataset of one tensor column, "data"."""
+    return ray.data.from_numpy([table()])
 
 
-def build_model() -> nn.Module:
-    """An MLP of 1.2 million parameters."""
-    return nn.Sequential(nn.Linear(INPUTS, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, INPUTS))
+def build_model(width: int = 1024) -> nn.Module:
+    """An MLP of 1.2 million parameters, or of another inner width."""
+    return nn.Sequential(
+        nn.Linear(INPUTS, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, INPUTS)
+    )
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:

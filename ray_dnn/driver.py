@@ -243,7 +243,9 @@ class Driver:
         decision = decide(self._view(quickly=enough and bool(self._members)))
         if decision.members:
             self._decide_anew(reason)
+            self._setbacks.go_on(time.monotonic())
             self._form(decision, self._finishing)
+            self._loop.later(self._setbacks.wait_s(time.monotonic()), self._consider)
             return
         if self._now is not None:
             self._now.leave()
@@ -458,12 +460,16 @@ class Driver:
     # -- reports and ends ----------------------------------------------------------------------------------------------
 
     def _record(self, reports: list[Report]) -> None:
+        waited = self._setbacks.wait_s(time.monotonic())
         for report in reports:
             if self._recorder.add(report):
                 new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
                 for replica in new:
                     replica.proven = True
-                self._setbacks.committed(proven=bool(new))
+                newest = getattr(report, "generation", 0) == self._generation
+                self._setbacks.committed(proven=bool(new), newest=newest)
+        if waited and self._running and not self._setbacks.wait_s(time.monotonic()):
+            self._consider()
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):

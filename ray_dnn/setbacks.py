@@ -9,6 +9,7 @@ _MOST_FALSE_STARTS = 5  # newcomers in a row that were lost before they had comm
 _MOST_HANGS = 3  # agents that hang in the same step
 _MOST_BREAKS = 3  # broken connections in a row, before somebody is blamed
 _WAIT_MAX_S = 60.0
+_UNDISTURBED_S = 2.0  # most that replacements are put off for the first step after a loss
 
 
 class Setbacks:
@@ -25,6 +26,7 @@ class Setbacks:
         self._below = False  # whether there are fewer now
         self._false_starts = 0  # in a row
         self._not_before = 0.0  # when newcomers may be asked for again
+        self._undisturbed_until = 0.0  # likewise: those who are left come to their first step before; 0 once they have
         self._breaks = 0  # in a row
         self._accused: Counter[str] = Counter()  # at the other end of connections that broke, since the last step
         self._hangs: Counter[int] = Counter()  # by step
@@ -36,6 +38,8 @@ class Setbacks:
                 f"All agents were lost after step {step} ({reason}), and with them the state. No checkpoint that the "
                 "run could go on from exists. Allow more agents, or keep some of them on machines that stay."
             )
+        if count < self._minimum:
+            self._undisturbed_until = 0.0
         if count >= self._minimum or self._below:
             return None
         self._below = True
@@ -52,6 +56,14 @@ class Setbacks:
         """So many replicas take part in a new generation."""
         self._below = count < self._minimum
 
+    def go_on(self, now: float) -> None:
+        """Those who are left go on by themselves; there are enough of them.
+
+        Whatever starts on their machines now takes cores from the step that everybody waits for: to import torch alone
+        takes 2 to 3 seconds of a core. So newcomers are asked for after that step, or when it takes long.
+        """
+        self._undisturbed_until = now + _UNDISTURBED_S
+
     def false_start(self, what: str, count: int, now: float) -> str | None:
         """A newcomer was lost before it had committed a step, while there were ``count`` others."""
         self._false_starts += 1
@@ -62,7 +74,7 @@ class Setbacks:
 
     def wait_s(self, now: float) -> float:
         """Seconds until the next newcomer should be asked for."""
-        return max(0.0, self._not_before - now)
+        return max(0.0, max(self._not_before, self._undisturbed_until) - now)
 
     def hung(self, step: int, who: str, how: str) -> str | None:
         """An agent was given up because it hung in a step."""
@@ -95,9 +107,16 @@ class Setbacks:
             return None
         return max(last, key=lambda name: (not members[name], self._accused[name], names.index(name)))
 
-    def committed(self, proven: bool) -> None:
-        """A step was committed, for the first time by a newcomer where it is ``proven`` by that."""
+    def committed(self, proven: bool, newest: bool = True) -> None:
+        """A step was committed.
+
+        Args:
+            proven: whether it is the first one of a newcomer.
+            newest: whether the newest generation has committed it.
+        """
         self._breaks, self._accused = 0, Counter()
+        if newest:
+            self._undisturbed_until = 0.0
         if proven:
             self._false_starts, self._not_before = 0, 0.0
 

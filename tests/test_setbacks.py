@@ -51,6 +51,31 @@ def test_waits_grow_and_end_growing() -> None:
     assert [backoff(n) for n in range(1, 10)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
+@given(
+    st.integers(1, 4),
+    st.lists(st.tuples(st.sampled_from(["lost", "late report", "step", "time"]), st.integers(1, 6)), max_size=40),
+)
+def test_who_goes_on_after_a_loss_comes_to_a_step_before_newcomers_are_asked_for(
+    minimum: int, events: list[tuple[str, int]]
+) -> None:
+    setbacks = Setbacks(minimum, -1)
+    now, until = 0.0, 0.0
+    for event, count in events:
+        if event == "lost":
+            setbacks.left(count, 7, "agent-1 lost")
+            until = 0.0  # below the minimum nobody goes on before a newcomer is there
+            if count >= minimum:
+                setbacks.go_on(now)
+                setbacks.formed(count)
+                until = now + 2
+        elif event == "time":
+            now += count / 2
+        else:
+            setbacks.committed(proven=False, newest=event == "step")
+            until = until if event == "late report" else 0.0
+        assert setbacks.wait_s(now) == max(0.0, until - now)
+
+
 @given(st.lists(st.sampled_from("abcd"), max_size=20), st.lists(st.booleans(), min_size=4, max_size=4))
 def test_after_three_breaks_in_a_row_somebody_goes_but_never_the_last_who_holds_the_state(
     accused: list[str], proven: list[bool]
