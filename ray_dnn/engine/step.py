@@ -250,6 +250,14 @@ class Engine:
         """The vector that the next result of a phase goes to."""
         return self._vectors[phase][0]
 
+    def home_of_round(self) -> codec.Tree:
+        """Where the next result, as `Round.to_tree` gives it, may be received."""
+        return {"vector": self.spare(self.state.phase)}
+
+    def round_of(self, tree: codec.Tree) -> Round:
+        """The next result, from a tree."""
+        return Round.from_tree(tree, self.form, self.spare(tree["phase"]))
+
     def commit(self, round_: Round) -> StepReport | None:
         """Apply a phase's result, one's own or one that another agent sent. Returns the report of a complete step."""
         state = self.state
@@ -374,6 +382,11 @@ class Engine:
         """Everything that is committed but the states of virtual workers, as a tree."""
         state = self.state
         return {"state": state.export(), "phase": state.phase, "partial": self.partial, "history": self.history}
+
+    def home(self) -> codec.Tree:
+        """Where what another agent exported may be received: the memory that is this agent's own for good."""
+        state = self.state
+        return {"state": {"parameters": state.parameters, "buffers": state.buffers.all_committed()}}
 
     def load(self, tree: codec.Tree) -> None:
         """Take over what another agent exported."""
