@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_dnn.comm.exchange import TreeExchange
-from ray_dnn.comm.mesh import _HELLO, _MAGIC, AbandonedError, Listener, Mesh, PeerLostError
+from ray_dnn.comm.listener import _HELLO, _MAGIC, Listener
+from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
 from ray_dnn.plan import Plan
 from ray_dnn.tree import Node, fold
 

@@ -44,6 +44,10 @@ class Round:
     buffer_sums: Vector
     values: dict[str, torch.Tensor]
 
+    def host(self, worker: int) -> str:
+        """The agent that computed a virtual worker's contribution, by name."""
+        return self.members[int(np.searchsorted(np.cumsum(self.hosted), worker, side="right"))]
+
     def to_tree(self) -> dict[str, Any]:
         """The result as a tree that can be encoded."""
         changed = {name: getattr(self, name) for name in _PLAIN}

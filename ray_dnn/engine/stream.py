@@ -8,7 +8,7 @@ few pieces until they are on their way, so checksums are computed while bytes tr
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -79,11 +79,16 @@ def windows(tensors: Sequence[torch.Tensor]) -> Iterator[Pieces]:
 def send(move: Move, tree: codec.Tree) -> None:
     """Send a tree."""
     head, large = codec.take_apart(tree)
+    send_parts(move, head, windows(large))
+
+
+def send_parts(move: Move, head: bytes, memory: Iterable[Pieces]) -> None:
+    """Send a tree that was taken apart. ``memory``: of its large tensors, cut into pieces as `pieces_of` does."""
     total = Checksum()
     _add(total, memoryview(head))
     move([memoryview(_HEAD.pack(len(head), total.value))])
     move([memoryview(head)])
-    for window in windows(large):
+    for window in memory:
         move(window)
         for piece in window:
             total.add(piece)
@@ -116,6 +121,16 @@ def receive(move: Move, home: codec.Tree = None) -> codec.Tree:
     if _END.unpack(end) != (total.value,):
         raise WrongBytesError("tensors arrived with other bytes than they were sent")
     return outline.put_together(large)
+
+
+def fingerprint(tree: codec.Tree) -> int:
+    """A checksum of a tree: of every value, every bit and the order of elements in memory. 64 bits, unsigned."""
+    head, large = codec.take_apart(tree)
+    total = Checksum()
+    _add(total, memoryview(head))
+    for tensor in large:
+        _add(total, codec.raw(tensor))
+    return total.value
 
 
 def _add(total: Checksum, memory: memoryview) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DataParallel(Strategy):
     """What one process would do with the whole batch, divided over virtual workers."""
+
+    only_reads: ClassVar[bool] = True
 
     def contribute(
         self, state: TrainingState, worker_state: WorkerState, batches: Sequence[Batch], rng: torch.Generator
