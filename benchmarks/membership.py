@@ -55,7 +55,7 @@ class Change(NamedTuple):
     pause_s: float
 
 
-SIZES = (Size((1024, 1024), 64, 5), Size((3072, 3072), 16, 4), Size((5000,) * 5, 2, 3))
+SIZES = (Size((1024, 1024), 64, 4), Size((3072, 3072), 16, 4), Size((5000,) * 5, 2, 3))
 
 
 def run() -> list[str]:

@@ -94,10 +94,10 @@ class Line:
         poller.register(self._wake_read, select.POLLIN)
         deadline = time.monotonic() + self._patience_s
         while True:
-            if self._cut:
-                raise LineLostError("it was cut")
             enough = interruptible and self._interrupted
             ready = dict(poller.poll(0 if enough else max(0.0, deadline - time.monotonic()) * 1000))
+            if self._cut:  # its byte stays in the pipe
+                raise LineLostError("it was cut")
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)
             elif ready:
