@@ -3,6 +3,8 @@
 import contextlib
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from ray_dnn.comm.line import Line, LineLostError, dial
 from ray_dnn.comm.listener import Listener
 from ray_dnn.engine import codec, stream
-from ray_dnn.engine.lead import Kind, Parcel
+from ray_dnn.engine.lead import START, Kind, Leader, Parcel
+from ray_dnn.engine.step import Position
 from tests.test_mesh import LIMIT_S, SECRET, start
 
 
@@ -108,3 +111,37 @@ def test_a_parcel_is_what_the_tree_was_when_it_was_made(sent: int) -> None:
             piece[:], data = data[: len(piece)], data[len(piece) :]
 
     assert codec.digest(stream.receive(fill)) == before
+
+
+def leading(weights: torch.Tensor, only_reads: bool) -> Any:
+    """An engine as its leader sees it."""
+    return SimpleNamespace(
+        position=Position(3, 0),
+        export=lambda: {"weights": weights},
+        spare=lambda phase: [torch.zeros(10)],
+        state=SimpleNamespace(phase="only"),
+        contributor=SimpleNamespace(strategy=SimpleNamespace(only_reads=only_reads)),
+    )
+
+
+@pytest.mark.parametrize("only_reads", [True, False])
+def test_a_state_that_contributions_write_to_is_copied_at_once(only_reads: bool) -> None:
+    weights = torch.ones(6_000_000)  # more than sockets hold
+    leader = Leader(leading(weights, only_reads))
+    mine, theirs = socket.socketpair()
+    follower = Line(theirs)
+    leader.accept(mine, list)
+    leader.begin()
+    if only_reads:
+        leader.changing()
+    weights.zero_()
+    kind = Kind.BEAT
+    while kind is Kind.BEAT:
+        start = bytearray(START.size)
+        follower.fill([memoryview(start)])
+        number, *position = START.unpack(start)
+        kind = Kind(number)
+        assert Position(*position) == (3, 0)
+    tree = stream.receive(follower.fill)
+    assert tree["engine"]["weights"].eq(1).all()
+    follower.close()
