@@ -118,6 +118,7 @@ def leading(weights: torch.Tensor, only_reads: bool) -> Any:
     return SimpleNamespace(
         position=Position(3, 0),
         export=lambda: {"weights": weights},
+        joined=None,
         spare=lambda phase: [torch.zeros(10)],
         state=SimpleNamespace(phase="only"),
         contributor=SimpleNamespace(strategy=SimpleNamespace(only_reads=only_reads)),
@@ -133,7 +134,7 @@ def test_a_state_that_contributions_write_to_is_copied_at_once(only_reads: bool)
     leader.accept(mine, list)
     leader.begin()
     if only_reads:
-        leader.changing()
+        leader.committing(SimpleNamespace(buffer_sums=[], to_tree=dict))  # type: ignore[arg-type]
     weights.zero_()
     kind = Kind.BEAT
     while kind is Kind.BEAT:

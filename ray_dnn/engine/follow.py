@@ -10,8 +10,8 @@ member first, its *leader*, like a learner in Raft (Ongaro, "Consensus: Bridging
    the memory of large tensors. A thread of its own sends it piece by piece while the leader computes. Contributions
    only read the state; before the leader commits the next result, it copies what has not been sent. (A strategy that
    does not say `only_reads` may change parameters and put them back, so all is copied at once.)
-2. From then on the leader sends each result that it commits, with its vector, and each evaluation. The newcomer commits
-   them itself, like an agent that catches up: the same bits.
+2. From then on the leader sends each result, with its vector, the moment before it applies it, and each evaluation. The
+   newcomer commits them itself, like an agent that catches up: the same bits, at about the same time.
 3. When the newcomer is at most one commit behind, it tells the driver, and only then the driver has the others stop for
    it. There, in `ray_dnn.engine.transfer.agree`, it commits what is still on its way, and proves by a checksum of its
    whole state that it has the bits of a member. Only then is it one that holds the state.
@@ -26,8 +26,8 @@ state at the boundary as if it had never followed anybody. The others notice not
   second. In `agree` the others wait for the newcomer's last results at most for as long.
 * States of virtual workers do not take part. They move when the next generation settles.
 
-A follower that has committed a result which no survivor has (its leader died right after) is ahead of them. They
-compute it again, and it copies their state.
+A follower that has committed a result which no survivor has (its leader died right after the exchange) is ahead of
+them. They compute it again, and it copies their state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ray_dnn.comm.line import Line, dial
 from ray_dnn.comm.listener import Address
 from ray_dnn.engine import codec, stream
 from ray_dnn.engine.lead import START, Kind
-from ray_dnn.engine.reports import Report, from_tree
+from ray_dnn.engine.reports import Joined, Report, from_tree
 from ray_dnn.engine.step import Engine, Position
 from ray_dnn.errors import ProtocolError
 from ray_dnn.phases import Phase
@@ -54,7 +54,7 @@ class Follower:
 
     Attributes:
         outcome: None when it is close behind its leader; or why it does not follow any more, in plain words.
-        reports: of the leader, that the driver may not have yet.
+        reports: that the driver may not have yet: of the leader, then its own.
         has_state: whether its state is one that a leader had: false before, and after anything went wrong.
     """
 
@@ -153,6 +153,7 @@ class Follower:
         if kind is Kind.STATE:
             tree = stream.receive(line.fill, {"engine": engine.home()})
             engine.load(tree["engine"])
+            self.reports = [from_tree(report) for report in tree["reports"]]
             with self._lock:
                 self.has_state = self._copied = True
                 if self._stopped:
@@ -160,17 +161,17 @@ class Follower:
         elif not self.has_state:
             raise ProtocolError(f"a leader sent {kind.name} before a state")
         elif kind is Kind.RESULT:
-            tree = stream.receive(line.fill, {"round": engine.home_of_round()})
-            self._commit(tree["round"])
+            self._commit(stream.receive(line.fill, {"round": engine.home_of_round()}))
         else:
-            tree = stream.receive(line.fill)
-            engine.evaluated(tree["entry"])
-        self.reports += [from_tree(report) for report in tree["reports"]]
+            self.reports.append(engine.evaluated(stream.receive(line.fill)["entry"]))
         engine.marks.enter(Phase.FOLLOWING, engine.state.step)
 
     def _commit(self, tree: codec.Tree) -> None:
         """Apply a result. In the middle of it there is no state."""
+        engine = self._engine
         self.has_state = False
-        with self._engine.marks.unarmed():
-            self._engine.commit(self._engine.round_of(tree))
+        engine.joined = Joined(**tree["joined"]) if tree["joined"] else None  # of those who made it
+        with engine.marks.unarmed():
+            made = engine.commit(engine.round_of(tree["round"]))
         self.has_state = True
+        self.reports += [made] if made is not None else []

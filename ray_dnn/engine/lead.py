@@ -8,6 +8,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -139,7 +140,7 @@ class _Follower:
 class Leader:
     """Those who follow this agent. Without any, nothing here costs anything.
 
-    `begin`, `changing`, `committed` and `evaluated` are called by the compute thread, `accept` by any.
+    `begin`, `committing`, `committed` and `evaluated` are called by the compute thread, `accept` by any.
     """
 
     def __init__(self, engine: Engine):
@@ -166,7 +167,7 @@ class Leader:
             return list(self._followers)
 
     def begin(self) -> None:
-        """The state is committed, and is not going to change before `changing` is called."""
+        """The state is committed, and is not going to change before `committing` is called."""
         self._position = self._engine.position
         for follower in self._all():
             if not follower.begun:
@@ -183,27 +184,28 @@ class Leader:
             parcel.keep()
         follower.put(parcel)
 
-    def changing(self) -> None:
-        """The state is about to change, and so is the vector of the result before."""
+    def committing(self, round_: Round) -> None:
+        """A result is complete and about to be applied. The state changes now, and soon the vector before this one."""
         for follower in self._all():
             follower.keep()
-
-    def committed(self, round_: Round, report: Report | None) -> None:
-        """A result has been applied. Its vector is not going to change before `changing` is called."""
-        self._position = self._engine.position
 
         def tree() -> codec.Tree:
             # Sums of buffers have no second memory as vectors have: the next exchange writes there.
             sums = [lane.clone() for lane in round_.buffer_sums]
-            reports = [to_tree(report)] if report else []
-            return {"round": round_.to_tree() | {"buffer_sums": sums}, "reports": reports}
+            joined = self._engine.joined
+            return {"round": round_.to_tree() | {"buffer_sums": sums}, "joined": asdict(joined) if joined else None}
 
+        # Before it is applied here, so that others need not wait for a follower that applies it later.
         self._put(Kind.RESULT, tree)
 
-    def evaluated(self, entry: dict[str, float], report: Report) -> None:
+    def committed(self) -> None:
+        """It has been applied."""
+        self._position = self._engine.position
+
+    def evaluated(self, entry: dict[str, float]) -> None:
         """An evaluation was made."""
         self._position = self._engine.position
-        self._put(Kind.EVALUATION, lambda: {"entry": entry, "reports": [to_tree(report)]})
+        self._put(Kind.EVALUATION, lambda: {"entry": entry})
 
     def _put(self, kind: Kind, tree: Callable[[], codec.Tree]) -> None:
         for follower in self._all():

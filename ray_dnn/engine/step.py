@@ -264,9 +264,9 @@ class Engine:
 
     def commit(self, round_: Round) -> StepReport | None:
         """Apply a phase's result, one's own or one that another agent sent. Returns the report of a complete step."""
-        self.leader.changing()
+        self.leader.committing(round_)
         report = self._commit(round_)
-        self.leader.committed(round_, report)
+        self.leader.committed()
         return report
 
     def _commit(self, round_: Round) -> StepReport | None:
@@ -433,9 +433,8 @@ class Engine:
         """Take note of an evaluation, one's own or one that another agent sent."""
         self.history.append(entry)
         metrics = {name: value for name, value in entry.items() if name != "step"}
-        report = EvaluationReport(self.state.step + len(self.history), self.state.step, metrics)
-        self.leader.evaluated(entry, report)
-        return report
+        self.leader.evaluated(entry)
+        return EvaluationReport(self.state.step + len(self.history), self.state.step, metrics)
 
 
 class _Clock:
