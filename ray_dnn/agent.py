@@ -29,6 +29,8 @@ from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor, guarded
 from ray_dnn.engine.evaluate import Evaluator
+from ray_dnn.engine.follow import CHANNEL as FOLLOWERS
+from ray_dnn.engine.follow import Follower
 from ray_dnn.engine.light import postpone_compiler
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import Joined, Report
@@ -225,7 +227,8 @@ class Agent:
         self._running = False  # whether reports may still come
         self._newest = 0  # the newest generation heard of; older ones are over
         self._queued: Future[Ended] | None = None  # the newest generation, until its turn comes
-        self._changed = threading.Condition()  # guards the six above
+        self._follower: Follower | None = None  # of a newcomer that was told to follow a member
+        self._changed = threading.Condition()  # guards the seven above
         self._heard = True  # whether the driver has said something since the last look
         threading.Thread(target=self._end_when_forgotten, name="ray_dnn-lease", daemon=True).start()
 
@@ -247,6 +250,18 @@ class Agent:
     def build(self, job: Job, rank: int, group: tuple[Address, ...], twice: bool) -> Built | Failed:
         """Build the job and compute its first contribution; with ``twice``, two times."""
         return self._compute(lambda: self._build(job, rank, group, twice))
+
+    def follow(self, leader: Address) -> str | None:
+        """Follow a member. Returns when this agent is close behind it, or why it does not follow it any more."""
+        assert self.engine is not None
+        with self._changed:
+            if self._newest:
+                return "it has been told to take part"
+            if self._follower is not None:
+                self._follower.cut()
+            follower = self._follower = Follower(self.engine, leader, self._secret)
+            self._thread.submit(follower.run)
+        return follower.outcome.result()
 
     def run(self, generation: Generation) -> Ended:
         """Leave the generation before and take part in this one until it ends."""
@@ -278,6 +293,10 @@ class Agent:
             self._queued.cancel()  # does nothing to one that has begun
         if self.mesh is not None and self.mesh.generation <= generation:
             self.mesh.abandon()
+            if self._follower is not None:
+                self._follower.cut()
+        elif self._follower is not None:
+            self._follower.stop()
 
     def command(self, command: Command) -> None:
         """Take a decision of the driver."""
@@ -360,6 +379,7 @@ class Agent:
             contributor, evaluator, self._group, first.metrics, self.marks, job.audit, SharedMemory()
         )
         engine.states.start()
+        self._listener.serve(FOLLOWERS, lambda connection: engine.leader.accept(connection, self._pending))
         digest = codec.digest(state.export())
         self._checked = job.audit is not None
         self.marks.enter(Phase.READY)
@@ -414,11 +434,17 @@ class Agent:
         mesh.form(self._listener, self._secret, generation.addresses)
         formed = time.time()
         self._holds = self._holds or generation.founding
-        agree(mesh, engine, self._holds, lambda: list(self._reports), self._report)
+        agree(mesh, engine, self._holds, self._pending, self._report, self._follower)
         self._holds = True
+        with self._changed:
+            self._follower = None
         engine.states.settle(mesh, generation.plan)
         engine.enter(generation.number, mesh, generation.plan, generation.names)
         return formed
+
+    def _pending(self) -> list[Report]:
+        with self._changed:
+            return list(self._reports)
 
     def _report(self, report: Report) -> None:
         with self._changed:

@@ -41,6 +41,7 @@ from ray_dnn.events import (
     Waiting,
 )
 from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
+from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
@@ -95,6 +96,7 @@ class Driver:
         self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
+        self._followings = Followings(self._loop, log, self._consider)
         self._recorder = Recorder(job, folder, log)
         self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
@@ -277,7 +279,9 @@ class Driver:
         """What is there. ``quickly``: leave out newcomers, whom the others would have to wait for."""
         minimum, maximum, target = self._script.limits(self._size.minimum, self._size.maximum, self._target)
         built = self._fleet.staged(Stage.READY)
-        ready = [r.name for r in built if not self._admission.waiting(r)]
+        admitted = [r for r in built if not self._admission.waiting(r)]
+        # Members that train are not held up by newcomers that could have come closer to their state before.
+        ready = [r.name for r in admitted if not self._members or self._waiting or self._followings.may_join(r)]
         return View(
             minimum=minimum,
             maximum=maximum,
@@ -291,6 +295,7 @@ class Driver:
 
     def _consider(self) -> None:
         """Look at the membership and act on it."""
+        self._have_followed()
         decision = decide(self._view())
         if decision.withdraw:
             for replica in self._fleet.starting[-decision.withdraw :]:
@@ -307,6 +312,12 @@ class Driver:
             self._decide_pause("regroup", decision.reason)
         elif not self._members or self._waiting:
             self._form(decision, self._finishing)
+
+    def _have_followed(self) -> None:
+        """Have newcomers follow members that train."""
+        newcomers = [r for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)]
+        # Before the first step is known, founders that are lost are replaced by newcomers that are as they were built.
+        self._followings.look(newcomers, self._members if self._running and self._recorder.steps else [])
 
     def _decide_pause(self, kind: str, reason: str, at_step: int = 0) -> None:
         """Have the agents stop at a step boundary."""
@@ -461,6 +472,12 @@ class Driver:
 
     def _record(self, reports: list[Report]) -> None:
         waited = self._setbacks.wait_s(time.monotonic())
+        self._learn(reports)
+        if waited and self._running and not self._setbacks.wait_s(time.monotonic()):
+            self._consider()
+        self._have_followed()
+
+    def _learn(self, reports: list[Report]) -> None:
         for report in reports:
             if self._recorder.add(report):
                 new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
@@ -468,8 +485,6 @@ class Driver:
                     replica.proven = True
                 newest = getattr(report, "generation", 0) == self._generation
                 self._setbacks.committed(proven=bool(new), newest=newest)
-        if waited and self._running and not self._setbacks.wait_s(time.monotonic()):
-            self._consider()
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):

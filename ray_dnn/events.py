@@ -79,6 +79,27 @@ class AgentRefused(Event):
 
 
 @dataclass(frozen=True)
+class AgentFollowed(Event):
+    """A newcomer has followed a member while it trained.
+
+    Attributes:
+        agent, leader: their names; of replicas, where these are of several agents.
+        seconds: that it took.
+        failed: why it did not come close; None where it did, and is going to join.
+    """
+
+    agent: str
+    leader: str
+    seconds: float
+    failed: str | None
+
+    def text(self) -> str:
+        if self.failed is not None:
+            return f"{self.agent} could not follow {self.leader}: {self.failed}"
+        return f"{self.agent} has nearly the state of {self.leader} after {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
 class AgentGone(Event):
     agent: str
     reason: str

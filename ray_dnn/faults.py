@@ -41,8 +41,9 @@ class Fault:
     """Something that goes wrong on one agent, once.
 
     Attributes:
-        at: the phase, by name: "starting", "building", "admission", "forming", "copying", "reading", "computing",
-            "exchange-first", "exchange-middle", "exchange-last", "combined", "applying", "evaluating", "finishing".
+        at: the phase, by name: "starting", "building", "admission", "following", "forming", "copying", "reading",
+            "computing", "exchange-first", "exchange-middle", "exchange-last", "combined", "applying", "evaluating",
+            "finishing".
         step: number of committed steps, from 0. None: whenever the phase is reached first.
         rank: of the agent's replica in its generation. None: of any.
         agent: its number, in the order in which agents are asked for, from 1. None: any.

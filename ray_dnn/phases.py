@@ -26,6 +26,7 @@ class Phase(enum.Enum):
     BUILDING = "building"  # the user's model and optimizer
     ADMISSION = "admission"  # the job's first contribution
     READY = "ready"  # for the driver to say what is next
+    FOLLOWING = "following"  # a member, to have its state before it takes part
     FORMING = "forming"  # connecting to the others of a generation
     COPYING = "copying"  # state, to a newcomer or from a source
     READING = "reading"  # rows

@@ -38,7 +38,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import torch
 
-from ray_dnn.comm.mesh import AbandonedError, Address, Listener, Mesh, PeerLostError
+from ray_dnn.comm.line import Line
+from ray_dnn.comm.listener import AbandonedError, Address, Listener, PeerLostError
+from ray_dnn.comm.mesh import Mesh
 from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
@@ -46,6 +48,8 @@ from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor
 from ray_dnn.engine.evaluate import Evaluator
+from ray_dnn.engine.follow import CHANNEL, Follower
+from ray_dnn.engine.lead import Kind
 from ray_dnn.engine.light import postpone_compiler
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
@@ -192,6 +196,39 @@ class Struck:
     index: int
 
 
+@dataclass(frozen=True)
+class Took:
+    """What a newcomer that follows sends when it has taken something.
+
+    Attributes:
+        kind: what; "begin" before it takes a state, "over" where it follows no more, "gone" where it died.
+        step: how many it has committed then.
+    """
+
+    kind: str
+    step: int
+
+
+class TellingFollower(Follower):
+    """Tells what it takes, and waits before it takes a state until the caller has it go on."""
+
+    def __init__(self, agent: Agent, engine: Engine, leader: Address, secret: bytes):
+        super().__init__(engine, leader, secret)
+        self._agent = agent
+
+    def _next(self, line: Line) -> Kind:
+        kind = super()._next(line)
+        self._agent._tell(Took(kind.name, self._engine.state.step))
+        return kind
+
+    def _take(self, line: Line, kind: Kind) -> None:
+        if kind is Kind.STATE:
+            self._agent._tell(Took("begin", 0))
+            assert self._agent.going.wait(TIMEOUT_S)
+            self._agent.going.clear()
+        super()._take(line, kind)
+
+
 class Held(NamedTuple):
     """What the system holds for a process."""
 
@@ -268,6 +305,10 @@ class Agent:
             if self.mesh is not None and self.mesh.generation <= generation:
                 self.mesh.abandon()
 
+    def stop_following(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
+
     def go(self) -> None:
         """Go on where a fault makes this agent wait."""
         self.going.set()
@@ -284,6 +325,7 @@ class Agent:
         self._struck: frozenset[int] = frozenset()
         self.marks = Marks()
         self.engine: CountingEngine | None = None
+        self._follower: TellingFollower | None = None
         self.going.clear()
         if faults:
             self._arm(faults, self._claim)
@@ -311,10 +353,20 @@ class Agent:
             evaluator = Evaluator(made.state, readers, made.source._collate)
         # Every third agent is as on another machine: what it exchanges is sent.
         memory = SharedMemory() if int(self.name.rpartition("-")[2]) % 3 else None
-        self.engine = CountingEngine(made, evaluator, ReplicaGroup(), first.metrics, self.marks, job.audit, memory)
+        engine = self.engine = CountingEngine(
+            made, evaluator, ReplicaGroup(), first.metrics, self.marks, job.audit, memory
+        )
         self.engine.states.start()
+        self._listener.serve(CHANNEL, lambda connection: engine.leader.accept(connection, lambda: self._reports))
         self._checked = job.audit is not None
         return first
+
+    def follow(self, leader: Address) -> str | None:
+        """Follow a member until the caller says `stop_following`. How it went."""
+        assert self.engine is not None
+        self._follower = TellingFollower(self, self.engine, leader, self._secret)
+        self._follower.run()
+        return self._follower.outcome.result()
 
     def train(self, place: Place) -> Trained:
         engine, plan = self.engine, place.plan
@@ -358,8 +410,8 @@ class Agent:
     def _train(self, engine: Engine, mesh: Mesh, place: Place) -> None:
         self.marks.enter(Phase.FORMING, engine.state.step)
         mesh.form(self._listener, self._secret, place.addresses)
-        agree(mesh, engine, self._holds, lambda: self._reports, self._reports.append)
-        self._holds = True
+        agree(mesh, engine, self._holds, lambda: self._reports, self._reports.append, self._follower)
+        self._holds, self._follower = True, None
         engine.states.settle(mesh, place.plan)
         engine.enter(place.plan.number, mesh, place.plan, place.names)
         train(engine, Until(place.until), 0, False, self._reports.append)

@@ -325,6 +325,7 @@ class Driver:
             assert members, "nobody is left"
             if all(over.answers[name].finished and not over.answers[name].lost for name in members):
                 break
+            spare = [name for name in spare if name in self.agents]
             joining, spare = spare[: joins.get(number + 1, 0)], spare[joins.get(number + 1, 0) :]
             members += joining
         return self._end({name: over.answers[name] for name in members})

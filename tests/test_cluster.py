@@ -27,6 +27,7 @@ from ray_dnn import Loss, RayDnnError, load_weights
 from ray_dnn.errors import AdmissionError, HiddenStateError, NonFiniteError
 from ray_dnn.events import (
     AgentAdmitted,
+    AgentFollowed,
     AgentGone,
     AgentRefused,
     AgentStarted,
@@ -133,6 +134,8 @@ def test_agents_join_when_there_is_room_while_the_others_go_on(tmp_path: Path) -
     started = next(e.time for e in events if isinstance(e, AgentStarted) and e.agent == "agent-2")
     meanwhile = [e for e in events if isinstance(e, Progress) and started < e.time < joined[1].time]
     assert meanwhile
+    # And it had their state before they stopped for it.
+    assert all(e.failed is None for e in events if isinstance(e, AgentFollowed))
 
 
 def test_resizing_by_hand_takes_effect_at_a_step_boundary(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ LAYERS = {
     "storage": 3,
     "admission": 3,
     "fleet": 3,
+    "following": 3,
     "faults": 3,
     "requests": 3,
     "underway": 3,

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from ray_dnn.comm import exchange as exchange_module
 from ray_dnn.comm.exchange import TreeExchange
-from ray_dnn.comm.mesh import _HELLO, _MAGIC, AbandonedError, Listener, Mesh, PeerLostError
+from ray_dnn.comm.listener import _HELLO, _MAGIC, Listener
+from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
 from ray_dnn.comm.shared import Links, SharedMemory
 from ray_dnn.plan import Plan
 from ray_dnn.tree import Node, fold

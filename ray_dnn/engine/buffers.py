@@ -56,6 +56,10 @@ class Buffers:
     def committed(self, name: str) -> torch.Tensor:
         return self._owned[name].committed
 
+    def all_committed(self) -> dict[str, torch.Tensor]:
+        """All of them, by name."""
+        return {name: self.committed(name) for name in self.floats + self.others}
+
     def restore(self) -> None:
         """Give every buffer its committed value, also where a module put another tensor in its place."""
         for owned in self._owned.values():

@@ -46,6 +46,10 @@ class Round:
     buffer_sums: Vector
     values: dict[str, torch.Tensor]
 
+    def host(self, worker: int) -> str:
+        """The agent that computed a virtual worker's contribution, by name."""
+        return self.members[int(np.searchsorted(np.cumsum(self.hosted), worker, side="right"))]
+
     def to_tree(self) -> dict[str, Any]:
         """The result as a tree that can be encoded."""
         changed = {name: getattr(self, name) for name in _PLAIN}
@@ -54,10 +58,11 @@ class Round:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], form: RecordFormat, vector: Vector) -> Round:
-        """The result that `to_tree` was given. Its vector is copied to ``vector``."""
+        """The result that `to_tree` was given. Its vector is copied to ``vector``, where it is not there already."""
         values = dict(tree)
         for mine, theirs in zip(vector, values["vector"], strict=True):
-            mine.copy_(theirs)
+            if mine is not theirs:
+                mine.copy_(theirs)
         records = np.frombuffer(values["records"].numpy().tobytes(), form.dtype)
         changed = {"records": records, "floats": set(values["floats"]), "vector": vector}
         return cls(**values | changed)

@@ -181,7 +181,7 @@ class TrainingState:
         return {
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "buffers": {n: self.buffers.committed(n) for n in self.buffers.floats + self.buffers.others},
+            "buffers": self.buffers.all_committed(),
             "optimizers": {key: _export_optimizer(opt, self.parameters) for key, opt in self.optimizers.items()},
             "schedulers": {key: scheduler.state_dict() for key, scheduler in self.schedulers.items()},
             "extra": {key: item.state_dict() for key, item in self.extra.items()},
@@ -190,12 +190,12 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, tree: codec.Tree) -> None:
-        """Take over what another agent exported. Tensors are copied into this state's own memory."""
+        """Take over what another agent exported. What is not in this state's own memory yet is copied there."""
         self.step = tree["step"]
         for name, parameter in self.parameters.items():
-            parameter.copy_(tree["parameters"][name])
+            _take(parameter, tree["parameters"][name])
         for name in self.buffers.floats + self.buffers.others:
-            self.buffers.committed(name).copy_(tree["buffers"][name])
+            _take(self.buffers.committed(name), tree["buffers"][name])
         self.buffers.restore()
         for key, optimizer in self.optimizers.items():
             _load_optimizer(key, optimizer, self.parameters, tree["optimizers"][key])
@@ -215,6 +215,11 @@ class TrainingState:
             for name in self.buffers.floats + self.buffers.others
             if name in persistent
         }
+
+
+def _take(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    if mine.data_ptr() != theirs.data_ptr():
+        mine.copy_(theirs)
 
 
 def _check_model(model: object) -> None:
@@ -270,7 +275,7 @@ def _check_scheduler(key: str, scheduler: object) -> None:
     for method in ("step", "state_dict", "load_state_dict"):
         if not hasattr(scheduler, method):
             raise ConfigError(f"The scheduler of {key} has no {method}(); it must be a torch LRScheduler.")
-    codec.encode(scheduler.state_dict(), f"the scheduler of {key}")  # type: ignore[attr-defined]
+    codec.check(scheduler.state_dict(), f"the scheduler of {key}")  # type: ignore[attr-defined]
 
 
 def _export_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> codec.Tree:
@@ -311,4 +316,4 @@ def _check_extra(extra: dict[str, Any]) -> None:
         for method in ("state_dict", "load_state_dict"):
             if not callable(getattr(item, method, None)):
                 raise ConfigError(f"extra_state[{key!r}] has no {method}(); each value must have both methods.")
-        codec.encode(item.state_dict(), f"extra_state[{key!r}]")
+        codec.check(item.state_dict(), f"extra_state[{key!r}]")

@@ -19,6 +19,7 @@ from ray_dnn.engine.audit import Auditor
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.folding import Folding
+from ray_dnn.engine.lead import Leader
 from ray_dnn.engine.records import NONFINITE_GRADIENT, Header, Place, RecordFormat
 from ray_dnn.engine.reports import EvaluationReport, Joined, StepReport
 from ray_dnn.engine.rng import seed_everything
@@ -59,6 +60,7 @@ class Engine:
         states: of virtual workers.
         history: evaluations so far; the same on every agent.
         last: the result of the last phase that was committed.
+        leader: tells newcomers that follow this agent what is committed.
         partial: metrics and skips of the phases of the present step that are committed; the same on every agent.
     """
 
@@ -102,6 +104,7 @@ class Engine:
         self._checked = False  # whether the state was found to be movable after an update
         self._clock = _Clock()
         self.joined: Joined | None = None
+        self.leader = Leader(self)
 
     def enter(self, generation: int, mesh: Mesh, plan: Plan, members: tuple[str, ...]) -> None:
         """Take a place in a generation. ``members``: the names of the agents at this rank, by replica."""
@@ -136,6 +139,7 @@ class Engine:
             ConvictedError: replicas compute wrongly. Nothing has changed.
         """
         self._clock.start()
+        self.leader.begin()
         if self.at_boundary:
             self.contributor.source.prefetch(self.state.step + 1, self.plan.hosted(self.mesh.rank))
         header, folded = self._contribute(self._group.minimum(held))
@@ -278,8 +282,22 @@ class Engine:
         """The vector that the next result of a phase goes to."""
         return self._vectors[phase][0]
 
+    def home_of_round(self) -> codec.Tree:
+        """Where the next result, as `Round.to_tree` gives it, may be received."""
+        return {"vector": self.spare(self.state.phase)}
+
+    def round_of(self, tree: codec.Tree) -> Round:
+        """The next result, from a tree."""
+        return Round.from_tree(tree, self.form, self.spare(tree["phase"]))
+
     def commit(self, round_: Round) -> StepReport | None:
         """Apply a phase's result, one's own or one that another agent sent. Returns the report of a complete step."""
+        self.leader.committing(round_)
+        report = self._commit(round_)
+        self.leader.committed()
+        return report
+
+    def _commit(self, round_: Round) -> StepReport | None:
         state = self.state
         self.marks.enter(Phase.COMBINED, state.step)
         self._vectors[round_.phase].reverse()
@@ -356,7 +374,7 @@ class Engine:
         bad = [int(w) for w in np.flatnonzero(records["flags"])]
         if bad:
             what = [
-                f"virtual worker {w} on {self._members[self.plan.host(w)]}, "
+                f"virtual worker {w} on {round_.host(w)}, "
                 f"{int(records['rows'][w])} rows from {self._first_rows(w)}: "
                 + ("gradient" if records["flags"][w] & NONFINITE_GRADIENT else "loss")
                 for w in bad
@@ -405,11 +423,17 @@ class Engine:
         state = self.state
         return {"state": state.export(), "phase": state.phase, "partial": self.partial, "history": self.history}
 
+    def home(self) -> codec.Tree:
+        """Where what another agent exported may be received: the memory that is this agent's own for good."""
+        state = self.state
+        return {"state": {"parameters": state.parameters, "buffers": state.buffers.all_committed()}}
+
     def load(self, tree: codec.Tree) -> None:
         """Take over what another agent exported."""
         self.state.load(tree["state"])
         self.state.phase, self.partial = tree["phase"], tree["partial"]
         self.history[:] = tree["history"]
+        self.last = None
         self.states.clear()
         self._folding.clear()
 
@@ -439,6 +463,7 @@ class Engine:
         """Take note of an evaluation, one's own or one that another agent sent."""
         self.history.append(entry)
         metrics = {name: value for name, value in entry.items() if name != "step"}
+        self.leader.evaluated(entry)
         return EvaluationReport(self.state.step + len(self.history), self.state.step, metrics)
 
 

@@ -68,6 +68,7 @@ class WorkerStates:
         self._state = state
         self._committed: dict[int, bytes] = {}  # encoded, by worker; only workers that this agent is a holder of
         self._next: dict[int, bytes] = {}  # versions of the present step, not committed yet
+        self._placed = False  # whether it has ever had a place in a plan: not while it follows others
 
     def start(self) -> None:
         """Give every worker its first state (the same on every agent, for it depends on the job alone)."""
@@ -84,7 +85,7 @@ class WorkerStates:
 
         What is not held any more is let go of only at the next commit: until then others may need it.
         """
-        self._mesh, self._plan = mesh, plan
+        self._mesh, self._plan, self._placed = mesh, plan, True
         self._next = {}
         if self.kind == "none":
             return
@@ -132,7 +133,7 @@ class WorkerStates:
 
     def commit(self) -> None:
         """The step is committed: its new versions replace the old ones."""
-        if self.kind != "none":
+        if self.kind != "none" and self._placed:
             rank, plan = self._mesh.rank, self._plan
             mine = [w for w in range(plan.workers) if rank in holders(plan, w, self.kind)]
             self._committed |= self._next

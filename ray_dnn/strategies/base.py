@@ -89,9 +89,16 @@ class Strategy:
         worker_state: what a virtual worker keeps from step to step: "none"; "combined": every agent holds everybody's,
             as part of the committed state; "mirrored": its host and one other agent hold it.
         local_batches: how many batches one step uses.
+        only_reads: whether ``contribute`` never writes to the state, not even to put it back afterwards. Newcomers then
+            copy the state straight from where it is while contributions are computed.
     """
 
     worker_state: ClassVar[Literal["none", "combined", "mirrored"]] = "none"
+    only_reads: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "contribute" in vars(cls) and "only_reads" not in vars(cls):
+            cls.only_reads = False  # what a base class says is said of its own method
 
     @property
     def local_batches(self) -> int:

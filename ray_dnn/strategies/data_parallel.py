@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DataParallel(Strategy):
     """What one process would do with the whole batch, divided over virtual workers."""
+
+    only_reads: ClassVar[bool] = True
 
     @hands_over
     def contribute(
