@@ -238,7 +238,7 @@ def run() -> Table:
             "pieces, which costs something in any framework; DDP is also shown when it does the same.",
             "The peer takes its rows from tensors in memory, ours come through the feed from a Ray Dataset. Losses of "
             f"the first steps are compared in every run and must agree to {SAME:g}.",
-            "DDP runs with its defaults. One of them is to broadcast the language model's buffers, some KiB, a step.",
+            "DDP runs with its defaults, and so broadcasts the language model's buffers, some KiB, in each step.",
             "The driver and the watchers of ours are there during the peer's blocks too, as is the peer's controller "
             "during ours.",
         ),
