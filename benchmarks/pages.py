@@ -14,6 +14,7 @@ README, DOCS, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT
 BLOCK = re.compile(r"<!-- bench -->\n.*?<!-- /bench -->", re.DOTALL)
 
 _HEADER = ("measured", "ray_dnn", "peer", "ours to the peer's (middle half)")
+_MORE = "How each was measured, and where a peer is better: [docs/benchmarks.md](docs/benchmarks.md)."
 _OPENING = """# Benchmarks
 
 `make bench` makes this page of what it measures. To change it, run that.
@@ -34,7 +35,7 @@ keeps the bits of training too while workers come and go, on GPUs. The paper giv
 def readme_block(results: Sequence[Result]) -> str:
     """What stands between the README's markers, with them."""
     rows = [_row(claim) for result in results for claim in result.table.claims if claim.brief]
-    return "\n".join(["<!-- bench -->", *lines(_HEADER, rows), "<!-- /bench -->"])
+    return "\n".join(["<!-- bench -->", *lines(_HEADER, rows), "", _MORE, "<!-- /bench -->"])
 
 
 def _row(claim: Claim) -> tuple[str, ...]:

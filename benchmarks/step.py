@@ -166,10 +166,11 @@ def measure(task: Task, folder: str) -> dict[Side, list[float | None]]:
     for number, side in enumerate(SIDES):
         kind = Theirs if side.workers is None else Ours
         runs[side] = kind(task, side, folder, f"{task.name.replace(' ', '-')}-{number}")
-    first = {side: run.turns.wait() for side, run in runs.items()}
+    for run in runs.values():
+        run.turns.wait()
     runs[PEER].turns.release(WARM_UP)
     steps = max(1, round(BLOCK_S * WARM_UP / runs[PEER].turns.wait()))
-    seconds: dict[Side, list[float | None]] = {side: [] for side in first}
+    seconds: dict[Side, list[float | None]] = {side: [] for side in SIDES}
     random = Random(0)
     for number in range(PAIRS):
         for side in random.sample(SIDES, len(SIDES)):
@@ -237,6 +238,7 @@ def run() -> Table:
             "pieces, which costs something in any framework; DDP is also shown when it does the same.",
             "The peer takes its rows from tensors in memory, ours come through the feed from a Ray Dataset. Losses of "
             f"the first steps are compared in every run and must agree to {SAME:g}.",
+            "DDP runs with its defaults, and so broadcasts the language model's buffers, some KiB, in each step.",
             "The driver and the watchers of ours are there during the peer's blocks too, as is the peer's controller "
             "during ours.",
         ),
