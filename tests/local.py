@@ -55,7 +55,7 @@ from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
 from ray_dnn.engine.round import Round
 from ray_dnn.engine.state import TrainingState
-from ray_dnn.engine.step import Engine
+from ray_dnn.engine.step import Engine, Position
 from ray_dnn.engine.train import train
 from ray_dnn.engine.transfer import agree
 from ray_dnn.marks import Marks
@@ -215,10 +215,16 @@ class TellingFollower(Follower):
     def __init__(self, agent: Agent, engine: Engine, leader: Address, secret: bytes):
         super().__init__(engine, leader, secret)
         self._agent = agent
+        self._telling = True
+
+    def reach(self, target: Position) -> bool:
+        self._telling = False  # a member now, of which other things are heard
+        return super().reach(target)
 
     def _next(self, line: Line) -> Kind:
         kind = super()._next(line)
-        self._agent._tell(Took(kind.name, self._engine.state.step))
+        if self._telling:
+            self._agent._tell(Took(kind.name, self._engine.state.step))
         return kind
 
     def _take(self, line: Line, kind: Kind) -> None:
