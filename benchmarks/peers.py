@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -23,14 +25,52 @@ from benchmarks import small
 from benchmarks.journal import Journal, NotRunError
 
 TIMEOUT_S = 5.0  # of an exchange, in TorchFT's own example; Ray Train's example of TorchFT has 30
+_END_S = 40.0  # that a peer has to end
 
 
 @contextlib.contextmanager
-def ray_train(folder: str, workers: int, batch: int) -> Iterator[Journal]:
+def running(peer: str, folder: str, workers: int, batch: int, timeout_s: float = TIMEOUT_S) -> Iterator[Journal]:
+    """The journal of a peer that trains, in a process and a cluster of its own: of one that hangs nothing is left.
+
+    Args:
+        peer: "ray_train" or "torchft".
+        timeout_s: of an exchange of TorchFT. After the death of a worker the others wait for so long, too, unless they
+            are its neighbours in the exchange.
+
+    Raises:
+        NotRunError: the peer is not installed.
+    """
+    if importlib.util.find_spec(peer) is None and peer != "ray_train":
+        raise NotRunError(f"{peer} is not installed: pip install --constraint constraints.txt '.[bench]'")
+    journal = Journal(f"{folder}/journal")
+    call = f"from benchmarks import peers; peers.train({peer!r}, {folder!r}, {workers}, {batch}, {timeout_s})"
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", call], cwd=root, stdout=subprocess.DEVNULL)
+    try:
+        yield journal
+    finally:
+        journal.stop()
+        for end in (process.terminate, process.kill):
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                end()
+        process.wait()
+
+
+def train(peer: str, folder: str, workers: int, batch: int, timeout_s: float) -> None:
+    """Train until the journal says stop."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    make = {"ray_train": _ray_train, "torchft": _torchft}[peer]
+    make({"journal": f"{folder}/journal", "rows": batch // workers, "timeout_s": timeout_s}, folder, workers).fit()
+    ray.shutdown()
+
+
+def _ray_train(config: dict[str, Any], folder: str, workers: int) -> TorchTrainer:
     """Ray Train, elastic: one worker or more, and a checkpoint at the end of each epoch."""
-    trainer = TorchTrainer(
+    return TorchTrainer(
         ray_train_loop,
-        train_loop_config={"journal": f"{folder}/journal", "rows": batch // workers},
+        train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=(1, workers)),
         run_config=RunConfig(
             name="run",
@@ -39,52 +79,20 @@ def ray_train(folder: str, workers: int, batch: int) -> Iterator[Journal]:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with _fitting(trainer, f"{folder}/journal") as journal:
-        yield journal
 
 
-@contextlib.contextmanager
-def torchft(folder: str, workers: int, batch: int, timeout_s: float = TIMEOUT_S) -> Iterator[Journal]:
-    """TorchFT, started by Ray Train's own `TorchftConfig`: each worker is a replica group, and replaced by itself.
-
-    Args:
-        timeout_s: of an exchange. After the death of a worker the others wait for so long, too, unless they are its
-            neighbours in the exchange.
-    """
-    if importlib.util.find_spec("torchft") is None:
-        raise NotRunError("torchft is not installed: pip install --constraint constraints.txt '.[bench]'")
+def _torchft(config: dict[str, Any], folder: str, workers: int) -> TorchTrainer:
+    """TorchFT, started by Ray Train's own `TorchftConfig`: each worker is a replica group, and replaced by itself."""
     from ray.train.v2.torch.torchft_config import TorchftConfig
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         torchft_loop,
-        train_loop_config={"journal": f"{folder}/journal", "rows": batch // workers, "timeout_s": timeout_s},
+        train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=workers),
         # Fewer as the least, and under load some of them split off and go on by themselves.
         torch_config=TorchftConfig(lighthouse_kwargs={"min_replicas": workers - 1}, backend="gloo"),
         run_config=RunConfig(name="run", storage_path=folder, failure_config=FailureConfig(max_failures=-1)),
     )
-    with _fitting(trainer, f"{folder}/journal") as journal:
-        yield journal
-
-
-@contextlib.contextmanager
-def _fitting(trainer: TorchTrainer, folder: str) -> Iterator[Journal]:
-    """The journal of a trainer that trains in another thread."""
-    journal = Journal(folder)
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # of a run that is given up; who waits for its steps says so
-            print(f"a peer's run ended: {error}", file=sys.stderr)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    try:
-        yield journal
-    finally:
-        journal.stop()
-        thread.join(30.0)
 
 
 def ray_train_loop(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from benchmarks import peers, small
-from benchmarks.journal import Cost, Journal, NotRunError
+from benchmarks.journal import Cost, NotRunError
 from benchmarks.tables import Bar, Claim, Table, bar, spread
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.events import AgentStarted, Decided, Event, FirstStep, GenerationFormed, Progress
@@ -30,11 +30,11 @@ LARGE = 3072  # inner width of a model of 10 million parameters
 START_S, RECOVER_S = 120.0, 120.0  # that peers are given
 PARTS = ("noticed", "told", "left", "connected", "agreed", "step")
 
-Peer = Callable[[str, int, int], AbstractContextManager[Journal]]
-PEERS: tuple[tuple[str, Peer, list[str]], ...] = (
-    ("Ray Train", peers.ray_train, [KILL] * 2),
-    (f"TorchFT, {peers.TIMEOUT_S:g} s timeout", peers.torchft, [KILL, STOP] * 2),
-    ("TorchFT, 1 s timeout", partial(peers.torchft, timeout_s=1.0), [KILL, STOP, KILL] * 2),
+# name, peer and timeout of its exchanges, and with what it is struck
+PEERS: tuple[tuple[str, str, float, list[str]], ...] = (
+    ("Ray Train", "ray_train", peers.TIMEOUT_S, [KILL] * 2),
+    (f"TorchFT, {peers.TIMEOUT_S:g} s timeout", "torchft", peers.TIMEOUT_S, [KILL, STOP] * 2),
+    ("TorchFT, 1 s timeout", "torchft", 1.0, [KILL, STOP, KILL] * 2),
 )
 
 
@@ -91,9 +91,8 @@ def run() -> Table:
                 ours[name] = _ours(f"{folder}/ours-{width}", width, rounds)
             for signal_name, found in ours[name].items():
                 rows.append(Row("ray_dnn", f"{signal_name}, {name}", [r.seconds for r in found], "nothing"))
-        for number, (side, peer, signals) in enumerate(PEERS):
-            with _cluster():  # its own: nothing of a peer that did not end takes cores from the next one
-                costs, error = _theirs(peer, f"{folder}/peer-{number}", signals)
+        for number, (side, peer, timeout_s, signals) in enumerate(PEERS):
+            costs, error = _theirs(peer, f"{folder}/peer-{number}", timeout_s, signals)
             if error is not None:
                 missing.append(f"{side} was not measured to the end: {error}.")
             for signal_name, found in costs.items():
@@ -188,11 +187,13 @@ def _notes(ours: dict[str, dict[str, list[Recovery]]]) -> list[str]:
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
-def _theirs(peer: Peer, folder: str, signals: Sequence[str]) -> tuple[dict[str, list[Cost]], NotRunError | None]:
+def _theirs(
+    peer: str, folder: str, timeout_s: float, signals: Sequence[str]
+) -> tuple[dict[str, list[Cost]], NotRunError | None]:
     """Costs by signal, and why there are not more of them."""
     found: dict[str, list[Cost]] = {}
     try:
-        with peer(folder, AGENTS, BATCH) as journal:
+        with peers.running(peer, folder, AGENTS, BATCH, timeout_s) as journal:
             for turn, name in enumerate(signals):
                 journal.wait_for(AGENTS, 20, START_S)
                 found.setdefault(name, []).append(journal.strike(name, turn, RECOVER_S))
