@@ -163,21 +163,21 @@ class Contributor:
             worker_state=new_state,
         )
 
-    def first(self, worker: int = 0) -> tuple[Given, Leaf, codec.Tree]:
+    def first(self, worker: int = 0) -> tuple[Given, codec.Tree]:
         """A contribution of the job's present step as a tree too, for comparing: every bit that would be exchanged."""
         leaf = self.new_leaf(self.state.phase)
         given = self.contribute(worker, self.strategy.init_worker(self.state, worker), leaf)
-        buffers, layout = self.state.buffers, self.layouts[self.state.phase]
+        buffers = self.state.buffers
         tree = {
-            "gradient": {n: layout.view(leaf.vector, n).clone() for n in layout.slots if n in given.touched},
-            "buffer": {n: buffers.layout.view(leaf.buffers, n).clone() for n in buffers.floats if n in given.changed},
+            "gradient": {n: slot for n, slot in leaf.slots.items() if n in given.touched},
+            "buffer": {n: buffers.layout.view(leaf.buffers, n) for n in buffers.floats if n in given.changed},
             "value": given.values,
             "metric": dict(given.metrics),
             "weight": given.weight,
             "rows": given.digest,
             "worker_state": given.worker_state,
         }
-        return given, leaf, tree
+        return given, tree
 
 
 def to_record(form: RecordFormat, given: Given, state_bytes: int) -> NDArray[np.void]:

@@ -53,7 +53,7 @@ def first_contribution(contributor: Contributor, twice: bool) -> FirstContributi
         state.phase = phase
         before = dict(_outside(contributor))
         committed = codec.leaf_digests(state.export()) if twice else {}
-        given, _, tree = contributor.first()
+        given, tree = contributor.first()
         if twice:
             suspects += _again(contributor, tree, before, committed)
         metrics[phase] = sorted(given.metrics)
@@ -67,7 +67,7 @@ def _again(contributor: Contributor, tree: codec.Tree, before: dict[str, str], c
     """Compute another contribution, then the first one again; compare. Returns outside state that changed."""
     other = min(1, contributor.state.config.virtual_workers - 1)
     contributor.first(other)
-    _, _, second = contributor.first()
+    _, second = contributor.first()
     after = dict(_outside(contributor))
     changed = [name for name in after if before.get(name) != after[name]]
     moved = [
