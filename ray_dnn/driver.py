@@ -170,8 +170,8 @@ class Driver:
         self._fleet.referenced = self._fleet.referenced or not self._admission.waiting(replica)
         for name, error in refused.items():
             self._fleet.release(self._fleet.replicas[name], "refused")
-            if not self._members:
-                self._fail(error)
+            if not self._members and len(self._fleet.replicas) < self._view().minimum:
+                self._fail(error)  # the run cannot start without it
         if admitted:
             self._consider()
 
