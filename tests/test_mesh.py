@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_dnn.comm import exchange as exchange_module
+from ray_dnn.comm import buckets, exchange
 from ray_dnn.comm.exchange import TreeExchange
 from ray_dnn.comm.listener import _HELLO, _MAGIC, Listener
 from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
@@ -121,7 +121,8 @@ def shared(memory: SharedMemory | None, vector: list[torch.Tensor]) -> list[torc
     return [memory.zeros(len(lane), lane.dtype).copy_(lane) for lane in vector]
 
 
-@mock.patch.multiple(exchange_module, _SMALLEST=64, _CHUNK=24)
+@mock.patch.object(exchange, "CHUNK", 24)
+@mock.patch.multiple(buckets, _SMALLEST=64, CHUNK=24)
 @examples
 @given(plans(), st.integers(0, 700), st.integers(0, 90), st.integers(0, 99), st.booleans())
 def test_the_sum_has_the_bits_of_the_fixed_tree(plan: Plan, singles: int, doubles: int, seed: int, apart: bool) -> None:

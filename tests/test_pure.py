@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ray_dnn.comm.exchange import additions, cut, slice_bounds
+from ray_dnn.comm.buckets import additions, cut, slice_bounds
 from ray_dnn.engine import codec
 from ray_dnn.engine.audit import state_sum
 from ray_dnn.engine.records import Header, Place, RecordFormat

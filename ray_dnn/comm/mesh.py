@@ -222,6 +222,7 @@ class Transfer:
         received: Callable[[int, int], None] | None,
     ):
         self._mesh = mesh
+        self._connections = connections
         self._wake = wake
         self._flows = {
             peer: _Flow(mesh, peer, connection, receives.get(peer, ()), received)
@@ -231,7 +232,7 @@ class Transfer:
 
     def send(self, peer: int, buffers: Buffers) -> None:
         """Send these behind what was given before. They must stay as they are until `finish` has returned."""
-        self._flows[peer].append(buffers)
+        self._flows[peer].append(buffers, self._connections[peer])
 
     @property
     def unsent(self) -> bool:
@@ -306,6 +307,7 @@ class _Flow:
     ):
         self.peer = peer
         self.connection = connection
+        self._outward = connection  # a fault plan may put another in its place, from the next buffer on
         self._mesh = mesh
         self._out: list[memoryview] = []
         self._in = [_bytes(b) for b in receives]
@@ -317,10 +319,11 @@ class _Flow:
         if mesh.checked and receives:
             self._in.append(memoryview(bytearray(_CHECKSUM.size)))
 
-    def append(self, buffers: Buffers) -> None:
-        """Send these too."""
+    def append(self, buffers: Buffers, connection: socket.socket) -> None:
+        """Send these too, over this connection."""
         if self._closed:
             raise ProtocolError("the checksum of what was sent before is on its way")
+        self._outward = connection
         self._out += [_bytes(b) for b in buffers]
 
     def close(self) -> None:
@@ -351,7 +354,7 @@ class _Flow:
             view = self._out[self._out_at]
             while self._out_done < len(view):
                 try:
-                    count = self.connection.send(view[self._out_done :])
+                    count = self._outward.send(view[self._out_done :])
                 except BlockingIOError:
                     return
                 self._out_done += count
