@@ -94,21 +94,23 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: Any, me
 
 
 def test_every_event_says_itself_in_words_and_survives_storage() -> None:
-    values: dict[str, Any] = {
-        "str": "x",
-        "int": 3,
-        "float": 1.5,
-        "bool": True,
-        "list[str]": ["a", "b"],
-        "list[int]": [0, 2],
-        "dict[str, object]": {"k": 1},
-        "dict[str, float]": {"m": 0.5},
+    values: dict[str, list[Any]] = {
+        "str": ["x"],
+        "str | None": ["x", None],
+        "int": [3],
+        "float": [1.5],
+        "bool": [True],
+        "list[str]": [["a", "b"]],
+        "list[int]": [[0, 2]],
+        "dict[str, object]": [{"k": 1}],
+        "dict[str, float]": [{"m": 0.5}],
     }
     for kind in KINDS.values():
-        fields = {name: values[str(annotation)] for name, annotation in kind.__annotations__.items()}
-        event = kind(**fields)
-        assert event.text()
-        assert parse(event.to_json()) == event
+        for turn in (0, -1):
+            fields = {name: values[str(annotation)][turn] for name, annotation in kind.__annotations__.items()}
+            event = kind(**fields)
+            assert event.text()
+            assert parse(event.to_json()) == event
 
 
 def test_readers_of_the_event_log_see_everything_until_it_is_closed() -> None:
