@@ -9,7 +9,7 @@ from ray_dnn.tree import Node
 
 CHUNK = 2**15  # elements that are folded at once, so that sums in between stay in the cache
 _ALIGN = 16  # slices start at multiples of so many elements: 64 bytes in float32
-_SMALLEST, _LARGEST = 2**18, 2**22  # elements of a bucket; a vector is cut into about eight
+_SMALLEST, _LARGEST = 2**20, 2**22  # elements of a bucket; a vector is cut into about eight
 
 
 class Bucket(NamedTuple):
