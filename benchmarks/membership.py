@@ -74,7 +74,7 @@ def run() -> Table:
                 words = f"{kind}, {size.parameters / 1e6:.1f} M parameters"
                 pauses, gaps = [c.pause_s for c in these], [c.gap_s for c in these]
                 rows.append((words, str(len(these)), spread(pauses, "s", 3), spread(gaps, "s", 3)))
-                claims.append(Claim(f"pause of the others: {words}", f"{median(pauses):.3f} s"))
+                claims.append(Claim(f"pause of the others: {words}", f"{median(pauses):.3f} s", brief=kind == "join"))
                 bars.append(bar(words, "ray_dnn", pauses))
     finally:
         ray.shutdown()
