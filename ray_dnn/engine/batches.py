@@ -44,12 +44,12 @@ class BatchSource:
         self._collate = collate
         self._seed = seed
         self._microbatch_size = microbatch_size
-        self._known: dict[int, dict[int, list[Rows]]] = {}  # row_ids by step and worker, of the last two steps
+        self._known: dict[int, dict[int, list[Rows]]] = {}  # row_ids by step and worker, from the step before on
 
     def row_ids(self, step: int, worker: int) -> list[Rows]:
         """The rows of each of a worker's batches of a step."""
         if step not in self._known:
-            self._known = {other: ids for other, ids in self._known.items() if other == step - 1} | {step: {}}
+            self._known = {other: ids for other, ids in self._known.items() if other >= step - 1} | {step: {}}
         known = self._known[step]
         if worker not in known:
             known[worker] = [self._order.at(p.epoch, p.start, p.stop) for p in self.schedule.pieces(step, worker)]
