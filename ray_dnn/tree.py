@@ -59,6 +59,23 @@ def _cover(node: Node, start: int, stop: int) -> Iterator[Node]:
         yield from _cover(child, start, stop)
 
 
+def completed(worker: int, top: Node) -> tuple[Node, list[Node]]:
+    """The largest subtree inside of ``top`` whose last leaf is ``worker``, and the parts of it to the left.
+
+    The parts in the order in which they are added: the smallest first.
+    """
+    node = top
+    lefts: list[Node] = []
+    while node.stop - 1 != worker:  # down to the subtree
+        left, right = node.children()
+        node = left if worker < left.stop else right
+    largest = node
+    while not node.is_leaf:
+        left, node = node.children()
+        lefts.append(left)
+    return largest, lefts[::-1]
+
+
 def fold(node: Node, known: Callable[[Node], T | None], add: Callable[[T, T], T]) -> T:
     """The value of ``node``: what ``known`` says, or the sum of its children, left operand first.
 

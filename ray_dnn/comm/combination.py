@@ -57,7 +57,7 @@ class Combination:
         self._missing = [  # by bucket: what has not arrived of everybody's slices
             sum(len(covers[p]) if p in self._senders else 1 for p in mesh.peers) for _ in self._buckets
         ]
-        self._left = {"heads": len(mesh.peers), "buckets": len(self._buckets), "ready": len(mesh.peers)}  # to come
+        self._heads_left = self._ready_left = len(mesh.peers)  # to come
         self._folded: set[int] = set()  # buckets
         self._own: Mapping[Node, Vector] | None = None  # until `finish`
         self._lengths = {node: [b.bounds[-1] - b.bounds[0] for b in self._buckets] for node in covers[self._rank]}
@@ -66,7 +66,7 @@ class Combination:
         self.finite = True
         self.headers = [b""] * mesh.size
         first = {p: [*self._parts_of(p), memoryview(self._heads[p])] for p in mesh.peers}
-        second = {p: [*self._slices(p, self._senders), memoryview(self._ready[p])] for p in mesh.peers}
+        second = {p: [*(self._slices(p) if p in self._senders else []), memoryview(self._ready[p])] for p in mesh.peers}
         self._heads_at = {p: len(buffers) - 1 for p, buffers in first.items()}
         self._ends_at = {p: len(first[p]) + len(second[p]) - 1 for p in mesh.peers}
         if not self._apart:
@@ -86,10 +86,8 @@ class Combination:
         length = bounds[self._rank + 1] - bounds[self._rank]
         return self._exchange.scratch(peer, node, index, length, self._out[lane].dtype)
 
-    def _slices(self, rank: int, peers: Sequence[int]) -> list[memoryview]:
-        """The memory of a member's slices of the result, in the order in which they are sent, if it is one of these."""
-        if rank not in peers:
-            return []
+    def _slices(self, rank: int) -> list[memoryview]:
+        """The memory of a member's slices of the result, in the order in which they are sent."""
         return [view_bytes(self._out[lane][bounds[rank] : bounds[rank + 1]]) for lane, bounds in self._buckets]
 
     # -- as it becomes ready -------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ class Combination:
             self._arrived(index % len(self._buckets))
         elif index == head:
             self.headers[peer] = bytes(self._heads[peer][len(self._exchange.covers[peer]) * self._places.size :])
-            self._left["heads"] -= 1
+            self._heads_left -= 1
             for bucket in range(len(self._buckets)) if peer not in self._senders else ():
                 self._arrived(bucket)
         elif index == self._ends_at[peer]:
@@ -183,13 +181,13 @@ class Combination:
 
     def _turn(self) -> None:
         """Where the first phase is done: tell everybody so, and where one's slices are."""
-        if self._own is None or self._left["heads"] or self._left["buckets"]:
+        if self._own is None or self._heads_left or len(self._folded) < len(self._buckets):
             return
         self._between(self.headers)
         self._exchange.marks.enter(Phase.EXCHANGE_MIDDLE)
         places = self._places.pack(*map(self._exchange.links.descriptor, self._out))
         for peer in self._mesh.peers:
-            slices = self._slices(self._rank, [self._rank]) if self._apart and peer in self._receivers else []
+            slices = self._slices(self._rank) if self._apart and peer in self._receivers else []
             self._transfer.send(peer, [*slices, memoryview(places + _FINITE.pack(self.finite))])
 
     # -- folding -------------------------------------------------------------------------------------------------------
@@ -197,7 +195,6 @@ class Combination:
     def _fold(self, index: int) -> None:
         """Fold the tree above the covers for this member's slice of a bucket, and send the result."""
         self._folded.add(index)
-        self._left["buckets"] -= 1
         lane, bounds = self._buckets[index]
         start, stop = bounds[self._rank], bounds[self._rank + 1]
         target = self._out[lane][start:stop]
@@ -248,6 +245,6 @@ class Combination:
                 theirs = self._exchange.links.view(peer, places[lane], self._out[lane].dtype)
                 start, stop = bounds[peer], bounds[peer + 1]
                 self._out[lane][start:stop].copy_(theirs[start:stop])
-        self._left["ready"] -= 1
-        if not self._left["ready"]:
+        self._ready_left -= 1
+        if not self._ready_left:
             self._exchange.marks.enter(Phase.EXCHANGE_LAST)

@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.config import Audit
-from ray_dnn.engine import codec
+from ray_dnn.engine import codec, stream
 from ray_dnn.engine.contribute import Contributor, Given, Leaf
 from ray_dnn.engine.worker_states import WorkerStates
 from ray_dnn.errors import AuditError, RayDnnError
 from ray_dnn.plan import Plan
-
-_BITS = 2**64
 
 
 class ConvictedError(RayDnnError):
@@ -139,7 +134,7 @@ class Auditor:
 
     def _dispute(self, mesh: Mesh, step: int, worker: int, first: Mapping[int, int]) -> None:
         mine = self._again(worker).to_bytes(8, "little", signed=True)
-        again = [int.from_bytes(raw, "little", signed=True) for raw in mesh.gather(mine)]
+        again = [_signed(raw) for raw in mesh.gather(mine)]
         wrong = wrong_contributions(first, again)
         what = f"the contribution of virtual worker {worker} in step {step}"
         if wrong is None:
@@ -156,38 +151,13 @@ def contribution_digest(given: Given, leaf: Leaf) -> int:
     said = [given.rows, given.digest, given.flags, given.weight, sorted(given.metrics.items()), sorted(given.touched)]
     sha.update(repr([*said, sorted(given.changed)]).encode())
     sha.update(codec.digest({"values": given.values, "worker_state": given.worker_state}).encode())
-    return int.from_bytes(sha.digest()[:8], "little", signed=True)
+    return _signed(sha.digest()[:8])
 
 
 def state_sum(tree: codec.Tree) -> int:
-    """A sum of all bits of a tree, as 64-bit words; one changed bit changes it. 64 bits, signed.
-
-    As fast as memory is read, unlike a cryptographic digest.
-    """
-    total = 0
-    for index, leaf in enumerate(_leaves(tree)):
-        total += (2 * index + 1) * _leaf_sum(leaf)
-    return (total + _BITS // 2) % _BITS - _BITS // 2
+    """A checksum of all bits of a tree, as fast as memory is read. 64 bits, signed."""
+    return _signed(stream.fingerprint(tree).to_bytes(8, "little"))
 
 
-def _leaf_sum(leaf: Any) -> int:
-    if not isinstance(leaf, torch.Tensor):
-        return int.from_bytes(hashlib.sha256(repr(leaf).encode()).digest()[:8], "little")
-    if not leaf.numel():
-        return 0
-    data = torch.frombuffer(codec.tensor_bytes(leaf), dtype=torch.uint8)
-    whole = len(data) // 8 * 8
-    words = data[:whole].view(torch.int64) if data.data_ptr() % 8 == 0 else data[:whole].clone().view(torch.int64)
-    return int(words.sum()) + int.from_bytes(bytes(data[whole:].tolist()), "little")
-
-
-def _leaves(tree: codec.Tree) -> Iterator[Any]:
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield key
-            yield from _leaves(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _leaves(value)
-    else:
-        yield tree
+def _signed(raw: bytes) -> int:
+    return int.from_bytes(raw, "little", signed=True)

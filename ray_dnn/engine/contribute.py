@@ -91,7 +91,6 @@ class Contributor:
         self.source = source
         self.marks = Marks()
         self.memory: SharedMemory | None = None
-        self._hands_over = getattr(type(strategy).contribute, "hands_over", False)
         self.layouts: dict[str, Layout] = {}
         for phase in state.phases:
             state.phase = phase
@@ -132,7 +131,7 @@ class Contributor:
         where += f", rows {_short(ids)}"
         seed_everything("contribute", *place)
         rng = generator("strategy", *place)
-        with torch.enable_grad(), state.handing_over(outlet if self._hands_over else None):
+        with torch.enable_grad(), state.handing_over(outlet if self.strategy.hands_over else None):
             given, new_state = guarded(
                 f"loss, {where}", lambda: self.strategy.contribute(state, worker_state, batches, rng)
             )

@@ -14,14 +14,10 @@ from itertools import pairwise
 
 from ray_dnn.engine.contribute import Contributor, Given, Leaf
 from ray_dnn.engine.worker_states import WorkerStates
-from ray_dnn.tree import Node
+from ray_dnn.tree import Node, completed
 
 Tick = tuple[int, int]  # step, phase
 Ready = Callable[[Node, Leaf, str], None]
-
-
-def _nobody(node: Node, leaf: Leaf, name: str) -> None:
-    pass
 
 
 class Folding:
@@ -46,7 +42,12 @@ class Folding:
         self.given: dict[int, Given] = {}
 
     def fold(
-        self, tick: Tick, nodes: Iterable[Node], agent: str, begin: Callable[[int], None], ready: Ready = _nobody
+        self,
+        tick: Tick,
+        nodes: Iterable[Node],
+        agent: str,
+        begin: Callable[[int], None],
+        ready: Ready | None = None,
     ) -> dict[Node, Leaf]:
         """The folded contributions below each of these nodes.
 
@@ -107,7 +108,7 @@ class Folding:
             self._pieces[node] = self._pieces.pop(left).add(spare)
             self.give_back(self._phase, spare)
 
-    def _compute(self, worker: int, top: Node, agent: str, begin: Callable[[int], None], ready: Ready) -> None:
+    def _compute(self, worker: int, top: Node, agent: str, begin: Callable[[int], None], ready: Ready | None) -> None:
         """Compute a contribution and add it to the sums to its left that it completes."""
         begin(worker)
         leaf = self.borrow(self._phase)
@@ -118,7 +119,7 @@ class Folding:
         def given(name: str) -> None:
             for value, total in pairwise(chain):
                 total.slots[name].add_(value.slots[name])
-            if node == top:
+            if node == top and ready is not None:
                 ready(top, chain[-1], name)
 
         try:
@@ -137,19 +138,3 @@ class Folding:
         self._pieces[node] = chain.pop()
         for spare in chain:
             self.give_back(self._phase, spare)
-
-
-def completed(worker: int, top: Node) -> tuple[Node, list[Node]]:
-    """The largest subtree inside of ``top`` whose last leaf is ``worker``, and the parts of it to the left.
-
-    The parts in the order in which they are added: the smallest first.
-    """
-    node, lefts = top, []
-    while node.stop - 1 != worker:  # down to the subtree
-        left, right = node.children()
-        node = left if worker < left.stop else right
-    largest = node
-    while not node.is_leaf:
-        left, node = node.children()
-        lefts.append(left)
-    return largest, lefts[::-1]

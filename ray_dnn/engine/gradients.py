@@ -35,18 +35,13 @@ class Accumulator:
     def microbatch_done(self) -> None:
         """Backward of a microbatch is done."""
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None and parameter.dtype in _HALF:
-                self._widen(name, parameter)
-            elif parameter.grad is not None:
-                _refuse_sparse(name, parameter.grad)
+            self._widen(name, parameter)
 
-    def _widen(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
-        assert parameter.grad is not None
-        _refuse_sparse(name, parameter.grad)
-        gradient = parameter.grad.to(torch.float32)
-        total = self._wide[name] = self._wide[name] + gradient if name in self._wide else gradient
-        parameter.grad = None
-        return total
+    def _widen(self, name: str, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None and parameter.dtype in _HALF:
+            gradient = parameter.grad.to(torch.float32)
+            self._wide[name] = self._wide[name] + gradient if name in self._wide else gradient
+            parameter.grad = None
 
     def knows(self, name: str) -> bool:
         """Whether it adds up the gradient of this parameter."""
@@ -63,11 +58,10 @@ class Accumulator:
 
     def _take(self, name: str) -> torch.Tensor | None:
         parameter = self._parameters[name]
-        if parameter.grad is not None and parameter.dtype in _HALF:
-            self._widen(name, parameter)
+        self._widen(name, parameter)
         total = self._wide.pop(name, parameter.grad)
-        if total is not None:
-            _refuse_sparse(name, total)
+        if total is not None and total.layout != torch.strided:
+            raise ConfigError(f"The gradient of {name} is sparse; use dense ones (Embedding(sparse=False)).")
         parameter.grad = None
         return total if total is None or self._unscale == 1.0 else total * self._unscale
 
@@ -111,8 +105,3 @@ class Handing:
         elif name not in self._late[self._phase]:
             assert self.outlet is not None
             self._sums.hand_over(name, self.outlet)
-
-
-def _refuse_sparse(name: str, gradient: torch.Tensor) -> None:
-    if gradient.layout != torch.strided:
-        raise ConfigError(f"The gradient of {name} is sparse; use dense ones (Embedding(sparse=False)).")

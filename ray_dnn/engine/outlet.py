@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import torch
 
 from ray_dnn.errors import ConfigError
 
-Method = TypeVar("Method", bound=Callable[..., object])
 Ready = Callable[[str], None]
-
-
-def hands_over(contribute: Method) -> Method:
-    """Mark a strategy's ``contribute`` whose sums are the very gradients that it asks for with ``final=True``.
-
-    Only where the job's strategy has this very method does the engine open the outlet: one that overrides or wraps it
-    may want to change the sums.
-    """
-    contribute.hands_over = True  # type: ignore[attr-defined]
-    return contribute
 
 
 class Outlet:

@@ -132,8 +132,8 @@ class TrainingState:
     def gradients(self, parameters: Mapping[str, nn.Parameter], batch: Batch, final: bool = False) -> GradientSums:
         """The gradient of the summed loss of this phase over a batch, accumulated in at least float32.
 
-        Leaves no gradient in the model. ``final``: the sums are the contribution as it is (see `hands_over`); those
-        that were handed over meanwhile are replaced by an empty tensor.
+        Leaves no gradient in the model. ``final``: the sums are the contribution as it is (`Strategy.hands_over`);
+        those that were handed over meanwhile are replaced by an empty tensor.
         """
         loss_function = self.losses[self.phase]
         name = f"loss[{self.phase!r}]" if len(self.losses) > 1 else "loss"

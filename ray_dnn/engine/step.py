@@ -168,8 +168,8 @@ class Engine:
         self.marks.enter(Phase.COMPUTING, state.step)
         started = time.perf_counter()
         self._combination = self._begin_exchange()
-        ready = (self._leave,) if self._combination.early else ()
-        folded = self._folding.fold(tick, plan.cover(rank), self._members[rank], self._begin, *ready)
+        ready = self._leave if self._combination.early else None
+        folded = self._folding.fold(tick, plan.cover(rank), self._members[rank], self._begin, ready)
         seconds = time.perf_counter() - started
         given = self._folding.given
         form = self._formats[state.phase]

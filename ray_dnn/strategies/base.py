@@ -91,14 +91,20 @@ class Strategy:
         local_batches: how many batches one step uses.
         only_reads: whether ``contribute`` never writes to the state, not even to put it back afterwards. Newcomers then
             copy the state straight from where it is while contributions are computed.
+        hands_over: whether the sums that ``contribute`` returns are the very gradients that it asks for with
+            ``state.gradients(…, final=True)``. They are then combined while backward computes others.
+
+    The last two are said of the class's own ``contribute``: a class that overrides it says them anew.
     """
 
     worker_state: ClassVar[Literal["none", "combined", "mirrored"]] = "none"
     only_reads: ClassVar[bool] = False
+    hands_over: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        if "contribute" in vars(cls) and "only_reads" not in vars(cls):
-            cls.only_reads = False  # what a base class says is said of its own method
+        if "contribute" in vars(cls):
+            cls.only_reads = vars(cls).get("only_reads", False)
+            cls.hands_over = vars(cls).get("hands_over", False)
 
     @property
     def local_batches(self) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ray_dnn.engine.outlet import hands_over
 from ray_dnn.parallel import clip_gradients, current_group
 from ray_dnn.strategies.base import Batch, Combined, Contribution, Strategy, WorkerState
 
@@ -21,8 +20,8 @@ class DataParallel(Strategy):
     """What one process would do with the whole batch, divided over virtual workers."""
 
     only_reads: ClassVar[bool] = True
+    hands_over: ClassVar[bool] = True
 
-    @hands_over
     def contribute(
         self, state: TrainingState, worker_state: WorkerState, batches: Sequence[Batch], rng: torch.Generator
     ) -> tuple[Contribution, WorkerState]:
