@@ -40,11 +40,6 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high), float(np.quantile(medians, 0.95)))
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Median of the ratios of pairs, with the range of the middle half."""
-    return str(compare(ours, theirs))
-
-
 def milliseconds(seconds: Sequence[float]) -> str:
     """The median, in words."""
     return f"{median(seconds) * 1e3:.1f} ms"
