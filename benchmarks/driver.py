@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import ray
 from ray.train import RunConfig, ScalingConfig
 
 from benchmarks import small
@@ -143,15 +142,12 @@ def measure(rate: int, data: Any, folder: str) -> Cost:
 
 def run() -> Table:
     """The table."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with small.cluster():
         data = small.rows().materialize()
         costs = []
         for rate in RATES:
             with tempfile.TemporaryDirectory() as folder:
                 costs.append(measure(rate, data, folder))
-    finally:
-        ray.shutdown()
     slow, fast = costs[0], costs[-1]
     each = (fast.cpu - slow.cpu) / (fast.rate - slow.rate) * 1000
     return Table(

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from statistics import median
 from typing import NamedTuple
 
-import ray
 from ray.train import RunConfig, ScalingConfig
 from torch import nn
 
@@ -64,8 +63,7 @@ def run() -> Table:
     rows: list[tuple[str, ...]] = []
     claims: list[Claim] = []
     bars: list[Bar] = []
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with small.cluster():
         for size in SIZES:
             with tempfile.TemporaryDirectory() as folder:
                 changes = measured(_resized(size, folder))
@@ -76,8 +74,6 @@ def run() -> Table:
                 rows.append((words, str(len(these)), spread(pauses, "s", 3), spread(gaps, "s", 3)))
                 claims.append(Claim(f"pause of the others: {words}", f"{median(pauses):.3f} s", brief=kind == "join"))
                 bars.append(bar(words, "ray_dnn", pauses))
-    finally:
-        ray.shutdown()
     return Table(
         name="membership",
         title="How long the others pause when agents join or leave",

@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer, prepare_model
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import small
 from benchmarks.tables import Claim, Table, bar
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.engine.numerics import environment
@@ -140,12 +141,9 @@ def _copies(train: Any, what: Any) -> Iterator[float]:
 
 def run() -> Table:
     """The table."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with small.cluster():
         peers = {name: list(_copies(_theirs, view)) for name, view in PEERS.items()}
         ours = {workers: list(_copies(_ours, workers)) for workers in WORKERS}
-    finally:
-        ray.shutdown()
     (peer, least), *_ = peers.items()
     values = peers | {f"ray_dnn, V = {workers}": copies for workers, copies in ours.items()}
     allowed = {f"ray_dnn, V = {w}": f"{math.log2(w / AGENTS) + 2:.0f}" for w in WORKERS}

@@ -60,10 +60,10 @@ def running(peer: str, folder: str, workers: int, batch: int, timeout_s: float =
 
 def train(peer: str, folder: str, workers: int, batch: int, timeout_s: float) -> None:
     """Train until the journal says stop."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     make = {"ray_train": _ray_train, "torchft": _torchft}[peer]
-    make({"journal": f"{folder}/journal", "rows": batch // workers, "timeout_s": timeout_s}, folder, workers).fit()
-    ray.shutdown()
+    config = {"journal": f"{folder}/journal", "rows": batch // workers, "timeout_s": timeout_s}
+    with small.cluster():
+        make(config, folder, workers).fit()
 
 
 def _ray_train(config: dict[str, Any], folder: str, workers: int) -> TorchTrainer:

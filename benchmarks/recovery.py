@@ -7,13 +7,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import median
 
-import ray
 from ray.train import RunConfig, ScalingConfig
 
 from benchmarks import peers, small
@@ -87,7 +85,7 @@ def run() -> Table:
     with tempfile.TemporaryDirectory() as folder:
         for width, rounds in ((1024, 6), (LARGE, 6)):
             name = f"{_millions(width)} M parameters"
-            with _cluster():
+            with small.cluster():
                 ours[name] = _ours(f"{folder}/ours-{width}", width, rounds)
             for signal_name, found in ours[name].items():
                 rows.append(Row("ray_dnn", f"{signal_name}, {name}", [r.seconds for r in found], "nothing"))
@@ -109,10 +107,6 @@ def run() -> Table:
         unit="s",
         log=True,
     )
-
-
-def _cluster() -> AbstractContextManager[object]:
-    return ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 def _millions(width: int) -> str:

@@ -1,5 +1,7 @@
 """The small job that the benchmarks train."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 ROWS, INPUTS = 4096, 64
+
+
+@contextlib.contextmanager
+def cluster(cpus: int = 8) -> Iterator[None]:
+    """A Ray cluster of one node, quiet, and gone afterwards. More logical CPUs than there are cores are no harm."""
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def table() -> NDArray[np.float32]:

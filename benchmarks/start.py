@@ -62,16 +62,12 @@ def _theirs(data: Any, folder: str, agents: int) -> float:
 
 def run() -> Table:
     """The table."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            data = small.rows().materialize()
-            pairs = {
-                agents: [(_ours(data, folder, agents), _theirs(data, folder, agents)) for _ in range(count)]
-                for agents, count in PAIRS.items()
-            }
-    finally:
-        ray.shutdown()
+    with small.cluster(), tempfile.TemporaryDirectory() as folder:
+        data = small.rows().materialize()
+        pairs = {
+            agents: [(_ours(data, folder, agents), _theirs(data, folder, agents)) for _ in range(count)]
+            for agents, count in PAIRS.items()
+        }
     rows, claims, bars = [], [], []
     for agents, found in pairs.items():
         ours, theirs = [p[0] for p in found], [p[1] for p in found]

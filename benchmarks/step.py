@@ -17,14 +17,13 @@ from random import Random
 from statistics import median
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, prepare_model
 from torch import nn
 
-from benchmarks import turns
+from benchmarks import small, turns
 from benchmarks.pairs import compare
 from benchmarks.step_jobs import Task, tasks
 from benchmarks.tables import Bar, Claim, Table, bar, spread
@@ -196,14 +195,11 @@ def _check(task: Task, side: Side, ours: Sequence[float], theirs: Sequence[float
 
 def run() -> Table:
     """The table."""
-    ray.init(address="local", num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     results: dict[Task, dict[Side, list[float | None]]] = {}
-    try:
+    with small.cluster(32):
         for task in tasks():
             with tempfile.TemporaryDirectory() as folder:
                 results[task] = measure(task, folder)
-    finally:
-        ray.shutdown()
     rows: list[tuple[str, ...]] = []
     claims: list[Claim] = []
     bars: list[Bar] = []
