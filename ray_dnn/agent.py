@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -282,11 +282,15 @@ class Agent:
                 self._running = self._running and generation.number != self._newest
                 self._changed.notify_all()
 
-    def leave(self, generation: int) -> None:
-        """Leave this generation and those before."""
+    def leave(self, generation: int) -> list[Report]:
+        """Leave this generation and those before. Returns, when it has, what was committed and is not acknowledged."""
         with self._changed:
             self._newest = max(self._newest, generation)
             self._leave(generation)
+            left = [self._queued] if self._queued is not None and self._newest == generation else []
+        wait(left)
+        with self._changed:
+            return list(self._reports)
 
     def _leave(self, generation: int) -> None:
         if self._queued is not None:

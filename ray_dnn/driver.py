@@ -107,6 +107,7 @@ class Driver:
         self._generation = 0  # the number of the newest one
         self._now: Underway | None = None  # the newest one, until it is over
         self._waiting = False  # whether members wait for more, and there is no generation
+        self._falls = 0  # how often they had to, for others were lost
         self._finishing = False  # whether the user asked to stop, and the next generation is the last
         self._decided = 0  # the newest decision
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
@@ -249,29 +250,33 @@ class Driver:
             self._form(decision, self._finishing)
             self._loop.later(self._setbacks.wait_s(time.monotonic()), self._consider)
             return
-        if self._now is not None:
-            self._now.leave()
         self._waiting = True
+        self._falls += 1
+        fall = self._falls
+
+        def left(reports: list[Report]) -> None:
+            self._record(reports)
+            self._still_below(fall, 0.0)
+
+        if self._members and self._now is not None:
+            self._now.leave(self._members, left)
+        else:
+            left([])
         self._consider()
-        self._still_below(self._generation, 0.0)
 
     def _decide_anew(self, reason: str) -> None:
         self._decided += 1
         self._log.add(Decided(self._decided, "recover", reason))
 
-    def _still_below(self, generation: int, after: float) -> None:
+    def _still_below(self, fall: int, after: float) -> None:
         """Say what the run waits for, again and again, while there are too few."""
-        if generation != self._generation:
+        if fall != self._falls or not self._waiting:
             return
-        least = self._view().minimum
-        self._log.add(
-            Waiting(
-                f"{len(self._members)} of at least {least} replicas are there, holding the state after step "
-                f"{self._recorder.steps} in memory; replacements are being started"
-            )
-        )
+        there = f"{len(self._members)} of at least {self._view().minimum} replicas are there"
+        holding = f", holding the state after step {self._recorder.steps} in memory" if self._members else ""
+        self._log.add(Waiting(f"{there}{holding}; replacements are being started"))
         again = min(max(2.0, after * 2), _WAITING_MAX_S)
-        self._loop.later(again, lambda: self._still_below(generation, again))
+        self._loop.later(again, lambda: self._still_below(fall, again))
 
     # -- membership ----------------------------------------------------------------------------------------------------
 

@@ -82,10 +82,18 @@ class Underway:
         """It is over, wherever its agents are."""
         self.running, self._over = False, True
 
-    def leave(self) -> None:
-        """Have the agents leave it and wait."""
-        for agent in self.agents:
-            agent.leave.remote(self.number)
+    def leave(self, members: Sequence[Replica], then: Callable[[list[Report]], None]) -> None:
+        """Have those who are left leave it and wait. Go on with what they have committed, unless one of them dies."""
+
+        def done(reports: list[list[Report]] | None, error: Exception | None) -> None:
+            if isinstance(error, RayActorError):
+                return  # of a death the fleet hears too
+            if error is not None:
+                raise error
+            assert reports is not None
+            then([report for of_one in reports for report in of_one])
+
+        self._loop.gather([agent.leave.remote(self.number) for r in members for agent in r.agents], done)
 
     def later(self, seconds: float, call: Callable[[], None]) -> None:
         """Do something after a while, unless it is over then."""
