@@ -48,7 +48,7 @@ class Pretender(Agent):
 
     def _run(self, generation: Generation, called: float) -> Stopped:
         """Take steps when they are due, whatever the driver does."""
-        rate, steps = int(os.environ[_RATE]), self._job.schedule.total_steps
+        rate, steps = int(os.environ[_RATE]), self._job.config.steps
         now = time.time()
         joined = Joined(called, now, now, now)
         self.marks.enter(Phase.COMPUTING, 0)

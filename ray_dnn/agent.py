@@ -17,8 +17,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import ray.cloudpickle
-import ray.util
+import ray
 
 from ray_dnn.checkpoint import weights_to_bytes
 from ray_dnn.comm.mesh import AbandonedError, Address, GarbledError, Listener, Mesh, PeerLostError
@@ -38,12 +37,13 @@ from ray_dnn.engine.state import TrainingState
 from ray_dnn.engine.step import Engine
 from ray_dnn.engine.train import train
 from ray_dnn.engine.transfer import agree
-from ray_dnn.feed import BlockIndex, BlockReader, default_collate
+from ray_dnn.feed.collate import default_collate
+from ray_dnn.feed.supply import News, Supply
 from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup, set_current_group
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
-from ray_dnn.sampler import RowOrder, Schedule
+from ray_dnn.portable import portable
 from ray_dnn.strategies.base import Strategy
 from ray_dnn.watcher import StatusMemory, own_start
 
@@ -66,7 +66,7 @@ class Job:
     """Everything that decides what is learned, and how agents find each other.
 
     Attributes:
-        indexes: the datasets.
+        evaluated: the names of the datasets that are evaluated.
         secret: known to this job's agents alone; connections introduce themselves with it.
         replica_size: agents that together hold one replica.
         audit: what is compared to find agents that compute wrongly.
@@ -75,9 +75,7 @@ class Job:
     spec: TrainSpec
     config: TrainConfig
     strategy: Strategy
-    indexes: dict[str, BlockIndex]
-    order: RowOrder
-    schedule: Schedule
+    evaluated: tuple[str, ...]
     secret: bytes
     replica_size: int = 1
     audit: Audit | None = None
@@ -228,6 +226,7 @@ class Agent:
         self._newest = 0  # the newest generation heard of; older ones are over
         self._queued: Future[Ended] | None = None  # the newest generation, until its turn comes
         self._follower: Follower | None = None  # of a newcomer that was told to follow a member
+        self._supply = Supply()
         self._changed = threading.Condition()  # guards the seven above
         self._heard = True  # whether the driver has said something since the last look
         threading.Thread(target=self._end_when_forgotten, name="ray_dnn-lease", daemon=True).start()
@@ -242,6 +241,10 @@ class Agent:
         self._listener = Listener(host, secret)
         node_id = ray.get_runtime_context().get_node_id()
         return Hello(self._listener.address, socket.gethostname(), os.getpid(), node_id, own_start(), self._memory.fd)
+
+    def supply(self, news: News) -> None:
+        """Take note of where rows are."""
+        self._supply.tell(news)
 
     def live(self) -> None:
         """Never returns: whoever waits for it learns of this agent's death at once."""
@@ -297,6 +300,7 @@ class Agent:
             self._queued.cancel()  # does nothing to one that has begun
         if self.mesh is not None and self.mesh.generation <= generation:
             self.mesh.abandon()
+            self._supply.wake()
             if self._follower is not None:
                 self._follower.cut()
         elif self._follower is not None:
@@ -370,15 +374,16 @@ class Agent:
             f"build_model or build_optimizer, agent {self.name}", lambda: TrainingState(job.spec, job.config)
         )
         collate = job.spec.collate or default_collate
-        readers = {name: BlockReader(index) for name, index in job.indexes.items()}
-        source = BatchSource(
-            readers["train"], job.order, job.schedule, collate, job.config.seed, job.config.microbatch_size
-        )
+        config = job.config
+        source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows)
         contributor = Contributor(state, job.strategy, source)
+        self._supply.names = job.evaluated
+        self.marks.enter(Phase.SUPPLY)
+        source.wait(0, lambda: None)
+        source.waited_s = 0.0
         self.marks.enter(Phase.ADMISSION)
         first = first_contribution(contributor, twice)
-        others = {n: (r, job.indexes[n].rows) for n, r in readers.items() if n != "train"}
-        evaluator = Evaluator(state, others, collate) if others and job.spec.evaluate else None
+        evaluator = Evaluator(state, self._supply, collate) if self._supply.names and job.spec.evaluate else None
         engine = self.engine = Engine(
             contributor, evaluator, self._group, first.metrics, self.marks, job.audit, SharedMemory()
         )
@@ -483,13 +488,4 @@ def _guard(call: Callable[[], T]) -> T | Any:
         return error.left
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
-        return Failed(_portable(error), _portable(cause) if cause else None)
-
-
-def _portable(error: Exception) -> Exception:
-    """The exception, or where it cannot be pickled and read again, one that says the same."""
-    try:
-        ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return Failed(portable(error), portable(cause) if cause else None)

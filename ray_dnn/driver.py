@@ -19,7 +19,7 @@ belongs to a generation that is over (`Underway.end`) is not looked at.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,15 +40,20 @@ from ray_dnn.events import (
     RunInterrupted,
     Waiting,
 )
+from ray_dnn.feed.feed import Feed, Hears
+from ray_dnn.feed.source import Source
+from ray_dnn.feed.supply import News
 from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
+from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
 from ray_dnn.membership import Decision, Script, View, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
+from ray_dnn.sampler import rows_of_job
 from ray_dnn.setbacks import Setbacks
 from ray_dnn.storage import RunFolder
 from ray_dnn.underway import Underway
@@ -90,14 +95,29 @@ class Outcome:
 class Driver:
     """Runs a job to its end."""
 
-    def __init__(self, job: Job, size: Size, places: Places, patience: Patience, folder: RunFolder, log: EventLog):
+    def __init__(
+        self,
+        job: Job,
+        sources: Mapping[str, Source],
+        size: Size,
+        places: Places,
+        patience: Patience,
+        folder: RunFolder,
+        log: EventLog,
+    ):
         self._job, self._size, self._folder, self._log = job, size, folder, log
         self._loop = Loop()
+        train = sources["train"]
+        order, schedule = rows_of_job(job.config, train.rows, job.strategy.local_batches)
+        self._feed = Feed(sources, order, schedule, self._hears())
         self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
         self._followings = Followings(self._loop, log, self._consider)
-        self._recorder = Recorder(job, folder, log)
+        head = LedgerHead(order, schedule, len(train.units), train.counts is not None)
+        self._recorder = Recorder(job, folder, log, head)
+        if train.counts is not None:
+            self._recorder.counted(dict(enumerate(train.counts.tolist())))
         self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
         self._script = Script(size.script)
@@ -118,6 +138,7 @@ class Driver:
     def run(self) -> Outcome:
         """Run to the end. Returns how it ended; never raises for a failure of the job."""
         try:
+            self._feed.start()
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
             self._heartbeat()
             self._loop.run()
@@ -126,6 +147,33 @@ class Driver:
         finally:
             self._close()
         return self.outcome
+
+    def _hears(self) -> Hears:
+        """What the feed says, from its threads."""
+        post = self._loop.post
+        return Hears(
+            news=lambda news: post(lambda: self._on_rows(news)),
+            counted=lambda rows: post(lambda: self._recorder.counted(rows)),
+            says=lambda what: post(lambda: self._log.add(Waiting(what))),
+            failed=lambda error: post(lambda: self._on_feed_failed(error)),
+        )
+
+    def _on_rows(self, news: News) -> None:
+        """There are more rows, or more is known about them."""
+        self._recorder.schedule = self._feed.schedule
+        for replica in self._fleet.replicas.values():
+            for agent in replica.agents:
+                agent.supply.remote(news)
+
+    def _on_feed_failed(self, error: Exception) -> None:
+        self.outcome.cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
+        self._fail(error)
+
+    def on_opened(self, replica: Replica) -> None:
+        """A replica's agents are there, and know nothing yet."""
+        news = self._feed.news()
+        for agent in replica.agents:
+            agent.supply.remote(news)
 
     def _first_size(self) -> int:
         return self._script.size or self._size.minimum
@@ -483,6 +531,7 @@ class Driver:
         self._have_followed()
 
     def _learn(self, reports: list[Report]) -> None:
+        known = self._recorder.steps
         for report in reports:
             if self._recorder.add(report):
                 new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
@@ -490,6 +539,8 @@ class Driver:
                     replica.proven = True
                 newest = getattr(report, "generation", 0) == self._generation
                 self._setbacks.committed(proven=bool(new), newest=newest)
+        if self._recorder.steps > known:
+            self._feed.committed(self._recorder.steps)
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):
@@ -502,7 +553,7 @@ class Driver:
         for request in self._commands:
             request.answer.set_result(path if request.kind == "checkpoint" else None)
         self._commands = []
-        reason = "all steps done" if last.step >= self._job.schedule.total_steps else "stopped"
+        reason = "all steps done" if last.step == self._feed.schedule.total_steps else "stopped"
         self._log.add(RunFinished(last.step, last.weights_digest, reason))
         self.outcome.weights_digest = last.weights_digest
         self.outcome.checkpoint_path = path
@@ -520,6 +571,7 @@ class Driver:
         """Leave nothing behind."""
         self.requests.close(self.outcome.error or RayDnnError("The run has ended."))
         try:
+            self._feed.close()
             self._guard.close()
             self._fleet.close("the run has ended")
         except Exception as error:

@@ -5,6 +5,7 @@
     RayDnnError
     ├── ConfigError (ValueError)   the job as described cannot run; nothing was started. Change the named value.
     ├── UserCodeError              a function of the job raised. The user's own exception is its ``__cause__``.
+    ├── DataError                  rows cannot be read. Says which file, and what is wrong with it.
     ├── HiddenStateError           a contribution computed twice gave other bits: the job has state outside its model.
     ├── NonFiniteError             a contribution holds NaN or infinity, and the job asked to stop there.
     ├── AdmissionError             an agent computes other bits than the rest. Use like machines or deterministic=False.
@@ -43,6 +44,10 @@ class UserCodeError(RayDnnError):
 
     def __reduce__(self) -> tuple[type[UserCodeError], tuple[str, str]]:
         return (type(self), (self.where, self.remote_traceback))
+
+
+class DataError(RayDnnError):
+    """Rows of a dataset cannot be read."""
 
 
 class HiddenStateError(RayDnnError):

@@ -193,20 +193,30 @@ class FirstStep(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
+    """How far a run is. ``waited``: the share of time in which rows were waited for. None: not known yet."""
+
     step: int
-    steps: int
+    steps: int | None
     epoch: int
     loss: float
     rows_per_s: float
     agents: int
-    left_s: float
+    left_s: float | None
+    waited: float = 0.0
 
     def text(self) -> str:
-        left = f"{self.left_s / 60:.1f} min" if self.left_s >= 90 else f"{self.left_s:.0f} s"
-        return (
-            f"step {self.step}/{self.steps}  epoch {self.epoch}  loss {self.loss:.4f}  "
-            f"{self.rows_per_s:,.0f} rows/s  {_agents(self.agents)}  {left} left"
-        )
+        parts = [
+            f"step {self.step}" if self.steps is None else f"step {self.step}/{self.steps}",
+            f"epoch {self.epoch}",
+            f"loss {self.loss:.4f}",
+            f"{self.rows_per_s:,.0f} rows/s",
+            _agents(self.agents),
+        ]
+        if self.waited >= 0.01:
+            parts.append(f"{self.waited:.0%} waiting for rows")
+        if self.left_s is not None:
+            parts.append(f"{self.left_s / 60:.1f} min left" if self.left_s >= 90 else f"{self.left_s:.0f} s left")
+        return "  ".join(parts)
 
 
 @dataclass(frozen=True)

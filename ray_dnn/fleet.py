@@ -80,6 +80,9 @@ class Owner(Protocol):
     def on_placed(self) -> None:
         """Replicas got their places, or gave them up."""
 
+    def on_opened(self, replica: Replica) -> None:
+        """Its agents are there, and will be told to build the job."""
+
     def on_ready(self, replica: Replica) -> None: ...
     def on_failed(self, replica: Replica, failed: Failed) -> None: ...
     def on_lost(self, replica: Replica, reason: str) -> None:
@@ -201,6 +204,7 @@ class Fleet:
         self._guard.watch(name, hello.node_id, hello.pid, hello.started, hello.status_fd)
         if all(replica.hellos):
             replica.stage = Stage.BUILDING
+            self._owner.on_opened(replica)
             group = tuple(h.address for h in replica.hellos if h)
             for member, agent in enumerate(replica.agents):
                 reference = agent.build.remote(self._job_ref, member, group, replica.first)

@@ -1,32 +1,48 @@
 """The ledger: which rows were used in which committed step by which virtual worker.
 
-The order of rows is a pure function of the job, so a line of the ledger needs no row numbers: it holds, for each
-virtual worker, how many rows it used and a checksum of their numbers, taken from the rows it really read. Reading the
-ledger computes the row numbers anew and compares the checksums.
+The order of rows is a pure function of the job and of how many rows each unit of the dataset has (see
+`ray_dnn.sampler`), so a line of the ledger needs no row numbers: it holds, for each virtual worker, how many rows it
+used and a checksum of their numbers. A row's number travels with the row from where it is read to where it is used, so
+the checksum says what was really used. Reading the ledger computes the row numbers anew and compares the checksums.
+
+Lines of steps alternate with lines of units, which say how many rows each has; where all are known beforehand, one such
+line comes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from ray_dnn.errors import LedgerError
-from ray_dnn.sampler import RowOrder, Rows, Schedule
+from ray_dnn.sampler import Epoch, Numbering, RowOrder, Rows, Schedule
 
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """The first line: what the order of rows is a function of."""
+    """The first line: what the order of rows is a function of.
+
+    Attributes:
+        units: of the dataset.
+        through: whether rows are numbered through (see `ray_dnn.sampler.Numbering`).
+    """
 
     order: RowOrder
     schedule: Schedule
+    units: int
+    through: bool
 
     def to_json(self) -> str:
-        return json.dumps({"order": asdict(self.order), "schedule": asdict(self.schedule)})
+        return json.dumps(asdict(self))
+
+
+def units_line(rows: Mapping[int, int]) -> str:
+    """A line that says how many rows some units have."""
+    return json.dumps({"units": list(rows), "rows": list(rows.values())})
 
 
 @dataclass(frozen=True)
@@ -65,19 +81,30 @@ class Ledger:
     Attributes:
         head: its first line.
         lines: committed steps, in order.
+        units: rows of each unit that was counted.
     """
 
     def __init__(self, lines: Iterable[str]):
         texts = iter(lines)
         head = json.loads(next(texts))
-        self.head = LedgerHead(RowOrder(**head["order"]), Schedule(**head["schedule"]))
+        order, schedule = RowOrder(**head.pop("order")), Schedule(**head.pop("schedule"))
+        self.head = LedgerHead(order, schedule, **head)
         self.lines: list[LedgerLine] = []
+        self.units: dict[int, int] = {}
         for text in texts:
             fields = json.loads(text)
+            if "units" in fields:
+                self.units |= dict(zip(fields["units"], fields["rows"], strict=True))
+                continue
             line = LedgerLine(**fields | {"rows": tuple(fields["rows"]), "digests": tuple(fields["digests"])})
             if line.step != len(self.lines):
                 raise LedgerError(f"The ledger has step {line.step} where step {len(self.lines)} belongs.")
             self.lines.append(line)
+
+    @property
+    def rows(self) -> int | None:
+        """Of the dataset; None: not all units are counted."""
+        return sum(self.units.values()) if len(self.units) == self.head.units else None
 
     def uses(self) -> Iterator[Use]:
         """Every use of rows.
@@ -85,23 +112,45 @@ class Ledger:
         Raises:
             LedgerError: a virtual worker used other rows than the job says.
         """
+        schedule = replace(self.head.schedule, rows=self.rows)
+        streams: dict[int, Epoch] = {}
         for line in self.lines:
             for worker, (rows, digest) in enumerate(zip(line.rows, line.digests, strict=True)):
-                pieces = self.head.schedule.pieces(line.step, worker)
-                parts = [self.head.order.at(p.epoch, p.start, p.stop) for p in pieces]
-                ids = np.concatenate(parts)
-                if len(ids) != rows or (rows and row_checksum(parts) != digest):
+                pieces = schedule.pieces(line.step, worker)
+                epoch = pieces[0].epoch
+                if epoch not in streams:
+                    streams = {epoch: self._stream(epoch)}
+                ids = np.concatenate([streams[epoch].numbers(p.start, p.stop) for p in pieces])
+                if len(ids) != rows or (rows and row_checksum([ids]) != digest):
                     raise LedgerError(f"Step {line.step}, virtual worker {worker} did not use the rows {ids.tolist()}.")
                 if rows:
-                    yield Use(line.step, pieces[0].epoch, worker, ids)
+                    yield Use(line.step, epoch, worker, ids)
 
     def counts(self, epoch: int) -> Rows:
-        """How often each row of the dataset was used in an epoch. Shape: (rows of the dataset,)."""
-        counts = np.zeros(self.head.order.rows, np.int64)
+        """How often each row was used in an epoch, by place in the dataset. Shape: (rows of all units counted,)."""
+        units = np.array(sorted(self.units), np.int64)
+        sizes = np.array([self.units[int(unit)] for unit in units], np.int64)
+        firsts = np.array([self._numbering().first(int(unit)) for unit in units], np.int64)
+        counts = np.zeros(int(sizes.sum()), np.int64)
+        starts = np.cumsum(sizes) - sizes
         for use in self.uses():
             if use.epoch == epoch:
-                np.add.at(counts, use.row_ids, 1)
+                index = np.searchsorted(firsts, use.row_ids, side="right") - 1
+                np.add.at(counts, starts[index] + use.row_ids - firsts[index], 1)
         return counts
+
+    def _numbering(self) -> Numbering:
+        if not self.head.through:
+            return Numbering(None)
+        return Numbering(np.array([self.units[unit] for unit in range(self.head.units)], np.int64))
+
+    def _stream(self, epoch: int) -> Epoch:
+        stream = Epoch(self.head.order, epoch, self.head.units, self._numbering())
+        for unit in stream.units:
+            if int(unit) not in self.units:
+                break
+            stream.count(self.units[int(unit)])
+        return stream
 
 
 def row_checksum(parts: Iterable[Rows]) -> int:

@@ -29,6 +29,7 @@ class Phase(enum.Enum):
     FOLLOWING = "following"  # a member, to have its state before it takes part
     FORMING = "forming"  # connecting to the others of a generation
     COPYING = "copying"  # state, to a newcomer or from a source
+    SUPPLY = "supply"  # waiting until it is known which rows a step uses, and where they are
     READING = "reading"  # rows
     COMPUTING = "computing"  # contributions
     EXCHANGE_FIRST = "exchange-first"  # of the exchange: the parts are on their way

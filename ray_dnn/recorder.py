@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_dnn.agent import Job
@@ -11,7 +11,7 @@ from ray_dnn.engine.reports import EvaluationReport, Report, StepReport
 from ray_dnn.errors import ProtocolError
 from ray_dnn.events import Evaluated, EventLog, FirstStep, Progress, StepSkipped
 from ray_dnn.fleet import Replica
-from ray_dnn.ledger import LedgerHead, LedgerLine
+from ray_dnn.ledger import LedgerHead, LedgerLine, units_line
 from ray_dnn.storage import LEDGER, RunFolder
 
 _PROGRESS_LEAST_S, _PROGRESS_MOST_S = 1.0, 30.0
@@ -23,23 +23,30 @@ class Recorder:
     Attributes:
         steps: committed and recorded.
         serial: of the newest report; the next one must be the one behind it.
+        schedule: of the job, as far as its rows are known.
         history: evaluations, as ``TrainSpec.stop`` sees them.
     """
 
-    def __init__(self, job: Job, folder: RunFolder, log: EventLog):
+    def __init__(self, job: Job, folder: RunFolder, log: EventLog, head: LedgerHead):
         self._job, self._log = job, log
         self._ledger = folder.append_file(LEDGER)
-        self._ledger.write(LedgerHead(job.order, job.schedule).to_json())
+        self._ledger.write(head.to_json())
         self._speeds: dict[str, float] = {}  # contributions per second, smoothed, by first agent of the replica
         self._last: StepReport | None = None
         self._rows = 0
+        self._waited = self._waited_in_all = 0.0  # seconds that the reporting agent waited for rows, lately and ever
         self._started = self._told = time.time()
         self._told_step = self._told_rows = 0
         self._skipped = 0
         self._agents: set[str] = set()
         self._generations = 0
         self.steps = self.serial = 0
+        self.schedule = head.schedule
         self.history: list[dict[str, float]] = []
+
+    def counted(self, rows: Mapping[int, int]) -> None:
+        """Some units of the training set have so many rows."""
+        self._ledger.write(units_line(rows))
 
     def add(self, report: Report) -> bool:
         """Record what was committed. Returns False where it is known already.
@@ -64,6 +71,8 @@ class Recorder:
             self._started = self._told = report.began
         self.steps += 1
         self._rows += report.rows
+        self._waited += report.wait_s
+        self._waited_in_all += report.wait_s
         line = LedgerLine(
             report.step, report.generation, report.worker_rows, report.worker_digests, report.metrics, report.skipped
         )
@@ -114,18 +123,19 @@ class Recorder:
 
     def _progress(self, agents: int) -> None:
         now = time.time()
-        total = self._job.schedule.total_steps
+        total = self.schedule.total_steps
         every = min(max(_PROGRESS_LEAST_S, (now - self._started) / 30), _PROGRESS_MOST_S)
-        if now - self._told < every and self.steps < total:
+        if now - self._told < every and self.steps != total:
             return
         seconds = max(now - self._told, 1e-9)
         steps, rows = self.steps - self._told_step, self._rows - self._told_rows
-        left = (total - self.steps) * seconds / steps if steps else 0.0
+        left = (total - self.steps) * seconds / steps if steps and total is not None else None
         assert self._last is not None
         loss = next((v for k, v in self._last.metrics.items() if k.split("/")[-1] == "loss"), float("nan"))
-        epoch = (self.steps - 1) // self._job.schedule.steps_per_epoch
-        self._log.add(Progress(self.steps, total, epoch, loss, rows / seconds, agents, left))
-        self._told, self._told_step, self._told_rows = now, self.steps, self._rows
+        epoch = 0 if self.schedule.rows is None else (self.steps - 1) // self.schedule.steps_per_epoch
+        waited = min(1.0, self._waited / seconds)
+        self._log.add(Progress(self.steps, total, epoch, loss, rows / seconds, agents, left, waited))
+        self._told, self._told_step, self._told_rows, self._waited = now, self.steps, self._rows, 0.0
 
     def final(self, exact: bool) -> dict[str, Any]:
         """The metrics of the result."""
@@ -135,6 +145,7 @@ class Recorder:
         return metrics | {
             "steps": self.steps,
             "rows": self._rows,
+            "rows_waited_s": self._waited_in_all,
             "skipped_steps": self._skipped,
             "agents": len(self._agents),
             "generations": self._generations,

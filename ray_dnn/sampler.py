@@ -17,7 +17,12 @@ from ray_dnn.config import TrainConfig
 
 Rows = NDArray[np.int64]
 
+NUMBERS = "__row_number__"  # the column of a table that holds its rows' numbers
+
+UNIT_ROWS = 1024
 _ROUNDS = 6
+_FIRST_WINDOW = 16  # times smaller than a whole one
+_UNIT_BITS = 32  # of a row's number, for its place in its unit
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -59,43 +64,175 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class RowOrder:
     """The order of the rows of every epoch.
 
+    A dataset is a sequence of units (a row group, a few small files, a thousand rows in memory), each with some rows.
+    An epoch reads all units, one after the other: that is its stream, in which a row has a place. The epoch's order
+    says which place comes at which position.
+
     Attributes:
-        rows: in the dataset.
         seed: of the job.
-        window: rows in a window; windows are permuted, and rows inside each. ``rows`` or more: one global permutation.
-            0: no shuffling.
+        shuffle: "none": units in their order, rows as they come. "windowed": units in a random order; the stream is
+            cut into windows, and rows are in random order inside each. "global": one permutation of all rows.
+        window: rows in a window. The first ones are smaller, so that an epoch begins soon (see `window_at`).
     """
 
-    rows: int
     seed: int
+    shuffle: str
     window: int
 
-    def at(self, epoch: int, start: int, stop: int) -> Rows:
-        """The rows at positions ``start..stop`` of an epoch. Shape: (stop - start,)."""
-        positions = np.arange(start, stop, dtype=np.int64)
-        if self.window == 0:
-            return positions
-        if self.window >= self.rows:
-            return permute(positions, self.rows, derive_seed("rows", self.seed, epoch, 0))
-        return self._windowed(epoch, positions)
+    def units(self, epoch: int, count: int) -> Rows:
+        """The numbers of all units in the order in which an epoch reads them. Shape: (count,)."""
+        places = np.arange(count, dtype=np.int64)
+        if self.shuffle != "windowed":
+            return places
+        return permute(places, count, derive_seed("units", self.seed, epoch))
 
-    def _windowed(self, epoch: int, positions: Rows) -> Rows:
-        windows = -(-self.rows // self.window)
-        short = windows - 1  # the only window that may hold fewer rows
-        lacking = windows * self.window - self.rows
-        key = derive_seed("windows", self.seed, epoch)
-        sequence = permute(np.arange(windows, dtype=np.int64), windows, key)
-        short_place = int(np.flatnonzero(sequence == short)[0])
-        # Positions behind the short window are shifted back by what it lacks.
-        shifted = positions + np.where(positions >= short_place * self.window + self.window - lacking, lacking, 0)
-        place, inside = shifted // self.window, shifted % self.window
+    def window_at(self, position: int) -> tuple[int, int]:
+        """Where the window that holds a position begins, and where it ends if the stream is long enough.
+
+        A sixteenth of a window comes first, then an eighth, and so on up to whole ones.
+        """
+        start, size = 0, max(1, self.window // _FIRST_WINDOW)
+        while size < self.window and position >= start + size:
+            start, size = start + size, min(2 * size, self.window)
+        if size == self.window:
+            start += (position - start) // size * size
+        return start, start + size
+
+    def span(self, start: int, stop: int) -> tuple[int, int | None]:
+        """The places that positions ``start..stop`` are taken from: from where to where, or to the stream's end."""
+        if self.shuffle == "none":
+            return start, stop
+        if self.shuffle == "global":
+            return 0, None
+        return self.window_at(start)[0], self.window_at(stop - 1)[1]
+
+    def places(self, epoch: int, start: int, stop: int, rows: int) -> Rows:
+        """The places of positions ``start..stop``. Shape: (stop - start,).
+
+        Args:
+            rows: in the stream; where that is not known yet, how many there are at least, `span` included.
+        """
+        positions = np.arange(start, stop, dtype=np.int64)
+        if self.shuffle == "none":
+            return positions
+        if self.shuffle == "global":
+            return permute(positions, rows, derive_seed("rows", self.seed, epoch, 0))
         out = np.empty_like(positions)
-        for p in np.unique(place):
-            window, chosen = int(sequence[p]), place == p
-            size = self.window - lacking if window == short else self.window
-            row_key = derive_seed("rows", self.seed, epoch, window)
-            out[chosen] = window * self.window + permute(inside[chosen], size, row_key)
+        at = start
+        while at < stop:
+            begin, end = self.window_at(at)
+            end = min(end, rows)
+            until = min(end, stop)
+            inside = positions[at - start : until - start] - begin
+            row_key = derive_seed("rows", self.seed, epoch, begin)
+            out[at - start : until - start] = begin + permute(inside, end - begin, row_key)
+            at = until
         return out
+
+
+class Numbering:
+    """The numbers of a dataset's rows.
+
+    Where all units' rows are counted beforehand, rows are numbered through from 0. Else a row's number is its unit's
+    times 2**32, plus its place in the unit.
+
+    Attributes:
+        counts: rows of each unit, or None. Shape: (units,).
+    """
+
+    def __init__(self, counts: Rows | None):
+        self.counts = counts
+        self._bases = None if counts is None else np.cumsum(counts) - counts
+
+    def first(self, unit: int) -> int:
+        """The number of a unit's first row."""
+        return unit << _UNIT_BITS if self._bases is None else int(self._bases[unit])
+
+
+class Epoch:
+    """The stream of one epoch, as far as its units' rows are counted.
+
+    Attributes:
+        units: their numbers, in the order in which they come. Shape: (units,).
+        counted: how many of them are counted.
+    """
+
+    def __init__(self, order: RowOrder, epoch: int, units: int, numbering: Numbering):
+        self._order, self._epoch, self._numbering = order, epoch, numbering
+        self.units = order.units(epoch, units)
+        # Where each unit counted so far begins, where the next one does, and where that one ends as far as is known.
+        self._starts = np.zeros(units + 1, np.int64)
+        self._firsts = np.zeros(units, np.int64)  # the numbers of their first rows
+        self.counted = 0
+
+    @property
+    def rows(self) -> int:
+        """Counted so far."""
+        return int(self._starts[self._begun])
+
+    @property
+    def _begun(self) -> int:
+        """Units of which rows are counted."""
+        return min(self.counted + 1, len(self.units))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all units are counted."""
+        return self.counted == len(self.units)
+
+    def add(self, rows: int) -> None:
+        """The next unit has so many rows, or more."""
+        self._firsts[self.counted] = self._numbering.first(int(self.units[self.counted]))
+        self._starts[self.counted + 1] += rows
+
+    def end(self) -> None:
+        """The next unit has no more rows than were added."""
+        self.counted += 1
+        if not self.complete:
+            self._starts[self.counted + 1] = self._starts[self.counted]
+
+    def count(self, rows: int) -> None:
+        """The next unit has so many rows."""
+        self.add(rows)
+        self.end()
+
+    def count_all(self, counts: Rows) -> Epoch:
+        """Count all units. ``counts``: by the number of the unit."""
+        for unit in self.units[self.counted :]:
+            self.count(int(counts[unit]))
+        return self
+
+    def numbers(self, start: int, stop: int) -> Rows:
+        """The numbers of the rows at positions ``start..stop`` of the epoch. Shape: (stop - start,)."""
+        places = self._order.places(self._epoch, start, stop, self.rows)
+        units = np.searchsorted(self._starts[1 : self._begun + 1], places, side="right")
+        return self._firsts[units] + places - self._starts[units]
+
+
+class Counted:
+    """The order of a dataset whose units' rows are all counted.
+
+    Args:
+        counts: rows of each unit. Shape: (units,).
+        through: whether rows are numbered through (see `Numbering`).
+    """
+
+    def __init__(self, order: RowOrder, counts: Rows, through: bool = True):
+        self._order, self._counts, self._numbering = order, counts, Numbering(counts if through else None)
+        self._epoch: tuple[int, Epoch] | None = None  # the last one that was asked for
+
+    def at(self, epoch: int, start: int, stop: int) -> Rows:
+        """The numbers of the rows at positions ``start..stop`` of an epoch. Shape: (stop - start,)."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            stream = Epoch(self._order, epoch, len(self._counts), self._numbering)
+            self._epoch = epoch, stream.count_all(self._counts)
+        return self._epoch[1].numbers(start, stop)
+
+
+def even_units(rows: int) -> Rows:
+    """The rows of each unit of a dataset that has no units by nature. Shape: (units,)."""
+    starts = np.arange(0, rows, UNIT_ROWS, dtype=np.int64)
+    return np.minimum(rows - starts, UNIT_ROWS)
 
 
 def split_evenly(rows: int, parts: int, least: int) -> tuple[int, ...]:
@@ -138,13 +275,13 @@ class Schedule:
     """Steps, epochs and batches of a job.
 
     Attributes:
-        rows: in the training set.
+        rows: in the training set; None: not known before the first epoch has been read.
         batch_size, virtual_workers, min_rows: as in TrainConfig.
         local_batches: batches that one step uses (more than one for strategies that take local steps).
         epochs / steps: exactly one of them.
     """
 
-    rows: int
+    rows: int | None
     batch_size: int
     virtual_workers: int
     min_rows: int = 1
@@ -155,6 +292,7 @@ class Schedule:
     @property
     def batches_per_epoch(self) -> int:
         """A last batch of fewer than ``min_rows`` rows joins the one before it, if there is one."""
+        assert self.rows is not None
         whole, rest = divmod(self.rows, self.batch_size)
         return whole + (rest >= self.min_rows or (rest > 0 and whole == 0))
 
@@ -163,22 +301,33 @@ class Schedule:
         return -(-self.batches_per_epoch // self.local_batches)
 
     @property
-    def total_steps(self) -> int:
+    def total_steps(self) -> int | None:
+        """None: not known yet."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return self.epochs * self.steps_per_epoch
+        return None if self.rows is None else self.epochs * self.steps_per_epoch
+
+    def known(self, step: int, rows: int) -> bool:
+        """Whether it is known which rows a step uses, when the first epoch has ``rows`` rows, or more."""
+        last = (step + 1) * self.local_batches * self.batch_size
+        return self.rows is not None or rows >= last + self.min_rows
 
     def batches(self, step: int) -> tuple[tuple[int, int, int], ...]:
-        """The batches ``(epoch, start, stop)`` of a step. A step never crosses the end of an epoch."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.local_batches
-        last = min(first + self.local_batches, self.batches_per_epoch)
+        """The batches ``(epoch, start, stop)`` of a step that is known. A step never crosses the end of an epoch."""
+        if self.rows is None:
+            epoch, first, last = 0, step * self.local_batches, (step + 1) * self.local_batches
+        else:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            first = within * self.local_batches
+            last = min(first + self.local_batches, self.batches_per_epoch)
         return tuple((epoch, *self._bounds(b)) for b in range(first, last))
 
     def _bounds(self, batch: int) -> tuple[int, int]:
-        is_last = batch == self.batches_per_epoch - 1
-        return batch * self.batch_size, self.rows if is_last else (batch + 1) * self.batch_size
+        start, stop = batch * self.batch_size, (batch + 1) * self.batch_size
+        if self.rows is not None and batch == self.batches_per_epoch - 1:
+            return start, self.rows
+        return start, stop
 
     def pieces(self, step: int, worker: int) -> tuple[Piece, ...]:
         """What a virtual worker uses in a step: one piece for each batch of the step, some of which may be empty."""
@@ -199,9 +348,8 @@ class Schedule:
         return min(sizes)
 
 
-def rows_of_job(config: TrainConfig, rows: int, local_batches: int) -> tuple[RowOrder, Schedule]:
-    """The order and the schedule that a job's numbers ask for. ``rows``: in the training set."""
-    window = {"none": 0, "windowed": config.shuffle_window, "global": rows}[config.shuffle]
+def rows_of_job(config: TrainConfig, rows: int | None, local_batches: int) -> tuple[RowOrder, Schedule]:
+    """The order and the schedule that a job's numbers ask for. ``rows``: in the training set, if that is known."""
     schedule = Schedule(
         rows=rows,
         batch_size=config.batch_size,
@@ -211,4 +359,4 @@ def rows_of_job(config: TrainConfig, rows: int, local_batches: int) -> tuple[Row
         epochs=config.epochs,
         steps=config.steps,
     )
-    return RowOrder(rows, config.seed, window), schedule
+    return RowOrder(config.seed, config.shuffle, config.shuffle_window), schedule

@@ -25,10 +25,10 @@ from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.driver import Driver, Outcome, Size
 from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import Event, EventLog, RunStarted
-from ray_dnn.feed import BlockIndex, index_dataset
+from ray_dnn.feed.datasets import open_datasets
+from ray_dnn.feed.source import Source
 from ray_dnn.limits import Limits, check_audit, check_run, check_scaling
 from ray_dnn.liveness import Patience
-from ray_dnn.sampler import rows_of_job
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
 
@@ -43,7 +43,8 @@ class Trainer:
 
     Attributes:
         spec: the functions that make up the job.
-        datasets: ``{"train": …}`` and any further ones, which are evaluated. Ray Datasets that fit the object store.
+        datasets: ``{"train": …}`` and any further ones, which are evaluated. Ray Datasets of any size, or map-style
+            PyTorch datasets.
         config: the job's numbers.
         strategy: what virtual workers compute and what is done with the result.
         scaling_config: Ray Train's own class. ``num_workers=(least, most)`` agents, or one number.
@@ -124,8 +125,7 @@ class Trainer:
         if not ray.is_initialized():
             ray.init()
         _show_log()
-        indexes = {name: index_dataset(name, dataset) for name, dataset in self.datasets.items()}
-        job = self._job(indexes)
+        sources = open_datasets(self.datasets)
         run = self.run_config
         if run.storage_path is None or run.name is None:
             raise ConfigError("RunConfig needs a storage_path and a name.")
@@ -133,30 +133,28 @@ class Trainer:
         failures = run.failure_config.max_failures if run.failure_config else 0
         limits = self._limits()
         size = Size(limits.least, limits.most, failures, script)
-        return Handle(self, job, size, limits.places(run, self.config, faults), folder)
+        return Handle(self, sources, size, limits.places(run, self.config, faults), folder)
 
     def _limits(self) -> Limits:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
-    def _job(self, indexes: dict[str, BlockIndex]) -> Job:
-        order, schedule = rows_of_job(self.config, indexes["train"].rows, self.strategy.local_batches)
+    def _job(self, evaluated: tuple[str, ...]) -> Job:
         secret = secrets.token_bytes(32)
-        return Job(
-            self.spec, self.config, self.strategy, indexes, order, schedule, secret, self.replica_size, self.audit
-        )
+        return Job(self.spec, self.config, self.strategy, evaluated, secret, self.replica_size, self.audit)
 
 
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
 
-    def __init__(self, trainer: Trainer, job: Job, size: Size, places: Places, folder: RunFolder):
+    def __init__(self, trainer: Trainer, sources: Mapping[str, Source], size: Size, places: Places, folder: RunFolder):
         self._trainer, self._folder = trainer, folder
         self._file = folder.append_file(EVENTS)
         self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
-        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": job.order.rows}
+        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": sources["train"].rows}
         name = str(trainer.run_config.name)
         self._log.add(RunStarted(name, folder.path, folder.attempt, about))
-        self._driver = Driver(job, size, places, trainer.patience, folder, self._log)
+        job = trainer._job(tuple(name for name in sources if name != "train"))
+        self._driver = Driver(job, sources, size, places, trainer.patience, folder, self._log)
         self._outcome: Future[Outcome] = Future()
         self._thread = threading.Thread(target=self._run, name="ray_dnn-driver", daemon=True)
         self._thread.start()

@@ -35,6 +35,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -45,7 +46,7 @@ from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
 from ray_dnn.engine.audit import ConvictedError
-from ray_dnn.engine.batches import BatchSource
+from ray_dnn.engine.batches import NUMBERS, BatchSource
 from ray_dnn.engine.contribute import Contributor
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.follow import CHANNEL, Follower
@@ -62,7 +63,7 @@ from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan, lay
-from ray_dnn.sampler import RowOrder, Rows, Schedule, rows_of_job
+from ray_dnn.sampler import Counted, Schedule, even_units, rows_of_job
 from ray_dnn.strategies import DataParallel, Strategy
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class Job:
     preload: tuple[str, ...] = ()
 
     @property
-    def order(self) -> RowOrder:
-        return rows_of_job(self.config, self.rows.num_rows, self.strategy.local_batches)[0]
+    def order(self) -> Counted:
+        rows = self.rows.num_rows
+        return Counted(rows_of_job(self.config, rows, self.strategy.local_batches)[0], even_units(rows))
 
     @property
     def schedule(self) -> Schedule:
@@ -102,27 +104,40 @@ class Job:
 Make = Callable[[], Job]  # can be pickled
 
 
-class Reader:
-    """Rows of a table."""
+class TableSupply:
+    """Rows of tables, which are here from the beginning."""
 
-    def __init__(self, table: pa.Table):
-        self._table = table
+    def __init__(self, job: Job):
+        self._rows, self._validation = job.rows, job.validation
+        self._order, self._schedule = job.order, job.schedule
+        self.names = ["validation"] if job.validation is not None else []
 
-    def rows(self, row_ids: Rows) -> pa.Table:
-        return self._table.take(pa.array(row_ids))
+    def wait(self, step: int, check: Callable[[], None]) -> bool:
+        check()
+        return step < self._schedule.total_steps
 
-    def prefetch(self, row_ids: Rows) -> None:
+    def counts(self, step: int, worker: int) -> tuple[int, ...]:
+        return tuple(piece.rows for piece in self._schedule.pieces(step, worker))
+
+    def table(self, step: int, worker: int) -> pa.Table:
+        pieces = self._schedule.pieces(step, worker)
+        numbers = np.concatenate([self._order.at(piece.epoch, piece.start, piece.stop) for piece in pieces])
+        return self._rows.take(pa.array(numbers)).append_column(NUMBERS, pa.array(numbers))
+
+    def prefetch(self, step: int, workers: range) -> None:
         pass
+
+    def rows(self, name: str, start: int, stop: int, check: Callable[[], None]) -> pa.Table:
+        check()
+        return self._validation.slice(start, stop - start)
 
 
 def contributor(job: Job) -> Contributor:
     """The job, built in this process."""
     assert job.spec.collate is not None
-    state = TrainingState(job.spec, job.config)
-    source = BatchSource(
-        Reader(job.rows), job.order, job.schedule, job.spec.collate, job.config.seed, job.config.microbatch_size
-    )
-    return Contributor(state, job.strategy, source)
+    config = job.config
+    source = BatchSource(TableSupply(job), job.spec.collate, config.seed, config.microbatch_size, config.min_rows)
+    return Contributor(TrainingState(job.spec, config), job.strategy, source)
 
 
 # -- an agent's process ----------------------------------------------------------------------------------------------
@@ -355,8 +370,7 @@ class Agent:
         first = first_contribution(made, twice)
         evaluator = None
         if job.validation is not None:
-            readers = {"validation": (Reader(job.validation), job.validation.num_rows)}
-            evaluator = Evaluator(made.state, readers, made.source._collate)
+            evaluator = Evaluator(made.state, TableSupply(job), job.spec.collate)
         # Every third agent is as on another machine: what it exchanges is sent.
         memory = SharedMemory() if int(self.name.rpartition("-")[2]) % 3 else None
         engine = self.engine = CountingEngine(

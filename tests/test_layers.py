@@ -42,6 +42,7 @@ LAYERS = {
     "loop": 3,
     "watcher": 3,
     "guard": 3,
+    "portable": 3,
     "recorder": 3,
     "trainer": 4,
     "limits": 4,

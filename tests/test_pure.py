@@ -23,7 +23,18 @@ from ray_dnn.engine.worker_states import holders, moves
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
 from ray_dnn.membership import Decision, View, decide
 from ray_dnn.plan import Plan, lay
-from ray_dnn.sampler import RowOrder, Schedule, permute, split_evenly, split_micro
+from ray_dnn.sampler import (
+    UNIT_ROWS,
+    Counted,
+    Epoch,
+    Numbering,
+    RowOrder,
+    Schedule,
+    even_units,
+    permute,
+    split_evenly,
+    split_micro,
+)
 from ray_dnn.setbacks import Setbacks, backoff
 from ray_dnn.tree import Node, cover, fold
 
@@ -127,35 +138,79 @@ def test_a_permutation_sends_every_index_somewhere_else(size: int, key: int) -> 
 
 
 @st.composite
-def orders(draw: st.DrawFn) -> RowOrder:
-    rows = draw(st.integers(1, 120))
-    return RowOrder(rows, draw(st.integers(0, 99)), draw(st.integers(0, rows + 2)))
+def datasets(draw: st.DrawFn) -> tuple[RowOrder, np.ndarray]:
+    """An order, and the rows of each unit."""
+    counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any))
+    shuffle = draw(st.sampled_from(["none", "windowed", "global"]))
+    return RowOrder(draw(st.integers(0, 99)), shuffle, draw(st.integers(1, 200))), np.array(counts)
 
 
 @examples
-@given(orders(), st.integers(0, 3), st.data())
+@given(datasets(), st.integers(0, 3), st.booleans(), st.data())
 def test_an_epoch_uses_every_row_once_and_any_part_of_it_is_known(
-    order: RowOrder, epoch: int, data: st.DataObject
+    dataset: tuple[RowOrder, np.ndarray], epoch: int, through: bool, data: st.DataObject
 ) -> None:
-    whole = order.at(epoch, 0, order.rows)
-    assert sorted(whole.tolist()) == list(range(order.rows))
-    start = data.draw(st.integers(0, order.rows))
-    stop = data.draw(st.integers(start, order.rows))
-    assert np.array_equal(order.at(epoch, start, stop), whole[start:stop])
+    order, counts = dataset
+    counted, rows = Counted(order, counts, through), int(counts.sum())
+    whole = counted.at(epoch, 0, rows)
+    numbering = Numbering(counts if through else None)
+    expected = [numbering.first(unit) + index for unit, count in enumerate(counts) for index in range(count)]
+    assert sorted(whole.tolist()) == sorted(expected)
+    assert not through or expected == list(range(rows))
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    assert np.array_equal(counted.at(epoch, start, stop), whole[start:stop])
 
 
 @examples
-@given(orders(), st.integers(0, 3))
-def test_rows_stay_in_their_window(order: RowOrder, epoch: int) -> None:
-    assume(0 < order.window < order.rows)
-    windows = order.at(epoch, 0, order.rows) // order.window
-    changes = int((windows[1:] != windows[:-1]).sum())
-    assert changes == -(-order.rows // order.window) - 1
+@given(datasets(), st.integers(0, 3), st.data())
+def test_rows_are_known_as_soon_as_their_span_is_counted(
+    dataset: tuple[RowOrder, np.ndarray], epoch: int, data: st.DataObject
+) -> None:
+    order, counts = dataset
+    rows = int(counts.sum())
+    start = data.draw(st.integers(0, rows - 1))
+    stop = data.draw(st.integers(start + 1, rows))
+    first, last = order.span(start, stop)
+    stream = Epoch(order, epoch, len(counts), Numbering(counts))
+    while not stream.complete and (last is None or stream.rows < last):
+        stream.add(int(counts[stream.units[stream.counted]]))
+        if last is None or stream.rows < last or data.draw(st.booleans()):
+            stream.end()
+    whole = Counted(order, counts).at(epoch, 0, rows)
+    assert np.array_equal(stream.numbers(start, stop), whole[start:stop])
+    places = order.places(epoch, start, stop, stream.rows)
+    assert places.min() >= first
+    assert last is None or places.max() < last
+
+
+@examples
+@given(st.integers(1, 400), st.integers(0, 3000))
+def test_windows_follow_each_other_and_grow_to_their_size(window: int, position: int) -> None:
+    order = RowOrder(0, "windowed", window)
+    start, stop = order.window_at(position)
+    assert start <= position < stop
+    assert order.window_at(start) == order.window_at(stop - 1) == (start, stop)
+    assert start == 0 or order.window_at(start - 1)[1] == start
+    assert 1 <= stop - start <= window
+    assert start < 2 * window or stop - start == window
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    found = {tuple(RowOrder(50, seed, 50).at(epoch, 0, 50)) for seed in range(3) for epoch in range(3)}
+    found = {
+        tuple(Counted(RowOrder(seed, "windowed", 50), even_units(50)).at(epoch, 0, 50))
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert len(found) == 9
+
+
+@examples
+@given(st.integers(0, 10_000))
+def test_units_in_memory_have_all_rows(rows: int) -> None:
+    counts = even_units(rows)
+    assert counts.sum() == rows
+    assert all(count == UNIT_ROWS for count in counts[:-1])
 
 
 @examples
@@ -208,6 +263,20 @@ def test_every_row_is_used_once_an_epoch(drawn: tuple[Schedule, int | None]) -> 
                 piece = schedule.pieces(step, worker)[batch]
                 used[piece.epoch] += range(piece.start, piece.stop)
     assert used == {0: list(range(schedule.rows)), 1: list(range(schedule.rows))}
+
+
+@examples
+@given(schedules(), st.integers(0, 150))
+def test_steps_that_are_known_before_the_epoch_is_counted_do_not_change(
+    drawn: tuple[Schedule, int | None], seen: int
+) -> None:
+    schedule, _ = drawn
+    assert schedule.rows is not None
+    unknown = replace(schedule, rows=None)
+    for step in range(schedule.steps_per_epoch):
+        if unknown.known(step, min(seen, schedule.rows)):
+            assert unknown.batches(step) == schedule.batches(step)
+    assert unknown.total_steps is None
 
 
 @examples

@@ -2,81 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import contextlib
+import time
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import is_dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from ray_dnn.engine.rng import generator
-from ray_dnn.sampler import RowOrder, Rows, Schedule, split_micro
+from ray_dnn.sampler import NUMBERS, Rows, split_micro
 from ray_dnn.strategies.base import Batch, Micro
 
 Collate = Callable[[pa.Table, torch.Generator], Any]
 
 
-class TableReader(Protocol):
-    """Where rows come from."""
+class Supply(Protocol):
+    """Where the rows of every virtual worker at every step come from."""
 
-    def rows(self, row_ids: Rows) -> pa.Table:
-        """The rows with these numbers, in this order."""
+    def wait(self, step: int, check: Callable[[], None]) -> bool:
+        """Wait until the rows of a step are known. Returns whether the job has such a step.
 
-    def prefetch(self, row_ids: Rows) -> None:
-        """These rows will be asked for soon."""
+        ``check``: called again and again meanwhile; raises where it is not to wait any longer.
+        """
+
+    def counts(self, step: int, worker: int) -> tuple[int, ...]:
+        """How many rows each of a worker's batches of a step has. The step is known."""
+
+    def table(self, step: int, worker: int) -> pa.Table:
+        """All rows of a worker in a step, batch after batch, with their `NUMBERS`. There are some."""
+
+    def prefetch(self, step: int, workers: range) -> None:
+        """These will be asked for soon, and none of the steps before the last one."""
 
 
 class BatchSource:
-    """The batches of every virtual worker at every step: a pure function of the job."""
+    """The batches of every virtual worker at every step.
 
-    def __init__(
-        self,
-        reader: TableReader,
-        order: RowOrder,
-        schedule: Schedule,
-        collate: Collate,
-        seed: int,
-        microbatch_size: int | None,
-    ):
-        self.schedule = schedule
-        self._reader = reader
-        self._order = order
+    Attributes:
+        waited_s: how long rows were waited for, in all.
+    """
+
+    def __init__(self, supply: Supply, collate: Collate, seed: int, microbatch_size: int | None, min_rows: int):
+        self._supply = supply
         self._collate = collate
         self._seed = seed
         self._microbatch_size = microbatch_size
-        self._known: dict[int, dict[int, list[Rows]]] = {}  # row_ids by step and worker, from the step before on
+        self._min_rows = min_rows
+        self.prefetch = supply.prefetch
+        self.waited_s = 0.0
 
-    def row_ids(self, step: int, worker: int) -> list[Rows]:
-        """The rows of each of a worker's batches of a step."""
-        if step not in self._known:
-            self._known = {other: ids for other, ids in self._known.items() if other >= step - 1} | {step: {}}
-        known = self._known[step]
-        if worker not in known:
-            known[worker] = [self._order.at(p.epoch, p.start, p.stop) for p in self.schedule.pieces(step, worker)]
-        return known[worker]
+    def wait(self, step: int, check: Callable[[], None]) -> bool:
+        """See `Supply.wait`."""
+        with self._waiting():
+            return self._supply.wait(step, check)
+
+    def rows(self, step: int, worker: int) -> int:
+        """How many rows a worker has in a step."""
+        return sum(self._supply.counts(step, worker))
+
+    def row_ids(self, step: int, worker: int) -> Rows:
+        """The numbers of a worker's rows in a step. Shape: (rows,)."""
+        return _numbers(self._supply.table(step, worker))
 
     def batches(self, step: int, worker: int) -> list[Batch]:
         """A worker's batches of a step, read and collated."""
         out = []
-        for index, ids in enumerate(self.row_ids(step, worker)):
-            sizes = split_micro(len(ids), self._microbatch_size, self.schedule.min_rows)
-            table = self._reader.rows(ids) if len(ids) else None
-            micros, at = [], 0
-            for number, size in enumerate(sizes):
-                assert table is not None
+        with self._waiting():
+            whole = self._supply.table(step, worker)
+        ids, table = _numbers(whole), whole.drop_columns([NUMBERS])
+        at = 0
+        for index, count in enumerate(self._supply.counts(step, worker)):
+            micros, begin = [], at
+            for number, size in enumerate(split_micro(count, self._microbatch_size, self._min_rows)):
                 rng = generator("collate", self._seed, step, worker, index, number)
                 micros.append(Micro(align(self._collate(table.slice(at, size), rng)), size))
                 at += size
-            out.append(Batch(micros, ids))
+            out.append(Batch(micros, ids[begin:at]))
         return out
 
-    def prefetch(self, step: int, workers: range) -> None:
-        """Start reading what these workers need in a step, if the job has such a step."""
-        if step < self.schedule.total_steps:
-            for worker in workers:
-                for ids in self.row_ids(step, worker):
-                    if len(ids):
-                        self._reader.prefetch(ids)
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - began
+
+
+def _numbers(table: pa.Table) -> Rows:
+    return np.asarray(table.column(NUMBERS).to_numpy(), np.int64)
 
 
 def align(data: Any) -> Any:

@@ -117,7 +117,7 @@ class Contributor:
         """
         outlet = Outlet(leaf.slots, ready)
         state, layout = self.state, self.layouts[self.state.phase]
-        if not any(len(ids) for ids in self.source.row_ids(state.step, worker)):
+        if not self.source.rows(state.step, worker):
             outlet.close()
             for lane in leaf.buffers:
                 lane.zero_()

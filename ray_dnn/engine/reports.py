@@ -38,6 +38,7 @@ class StepReport:
         skipped: why nothing was updated, or None.
         held: the newest decision that every replica held.
         compute_s, exchange_s: of this agent.
+        wait_s: that this agent waited for rows, before the step and, of ``compute_s``, in it.
         speeds: contributions per second, by replica.
         began: when it began, in seconds since the epoch.
         joined: how this agent came into the generation.
@@ -56,6 +57,7 @@ class StepReport:
     held: int
     compute_s: float
     exchange_s: float
+    wait_s: float
     speeds: tuple[float, ...]
     began: float
     joined: Joined | None = None

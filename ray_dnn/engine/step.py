@@ -124,10 +124,19 @@ class Engine:
     @property
     def finished(self) -> bool:
         """Whether the job has no more steps, or its ``stop`` says so."""
-        if self.state.step >= self.contributor.source.schedule.total_steps:
+        if not self._has(self.state.step):
             return True
         stop = self.state.spec.stop
         return bool(self.history and stop and guarded("stop", lambda: stop([dict(h) for h in self.history])))
+
+    def _has(self, step: int) -> bool:
+        """Whether the job has such a step. Its rows are known then, which may take a while.
+
+        Raises:
+            AbandonedError: the generation is over.
+        """
+        with self.marks.during(Phase.SUPPLY):
+            return self.together(lambda: self.contributor.source.wait(step, self.mesh.check))
 
     def advance(self, held: int) -> StepReport | None:
         """Compute, combine and commit one phase of the present step. Returns the report when the step is complete.
@@ -179,7 +188,11 @@ class Engine:
         return Header(held, seconds, records, sums), folded
 
     def _begin(self, worker: int) -> None:
-        """A contribution begins: a good moment to leave. The agents of a larger replica cannot leave one by one."""
+        """A contribution begins: a good moment to leave."""
+        self._check()
+
+    def _check(self) -> None:
+        """Leave, if the generation is over. The agents of a larger replica cannot leave one by one."""
         if self._group.size == 1:
             self.mesh.check()
 
@@ -322,6 +335,7 @@ class Engine:
     def _report(self, round_: Round) -> StepReport:
         partial, self.partial = self.partial, _nothing()
         began, compute_s, exchange_s = self._clock.stop()
+        wait_s, self.contributor.source.waited_s = self.contributor.source.waited_s, 0.0
         return StepReport(
             serial=self.state.step + len(self.history),
             step=self.state.step - 1,
@@ -335,6 +349,7 @@ class Engine:
             held=round_.held,
             compute_s=compute_s,
             exchange_s=exchange_s,
+            wait_s=wait_s,
             speeds=tuple(n / max(s, 1e-6) for n, s in zip(round_.hosted, round_.seconds, strict=True)),
             began=began,
             joined=self.joined,
@@ -385,7 +400,7 @@ class Engine:
         return None
 
     def _first_rows(self, worker: int) -> str:
-        ids = [int(i) for part in self.contributor.source.row_ids(self.state.step, worker) for i in part]
+        ids = [int(i) for i in self.contributor.source.row_ids(self.state.step, worker)]
         return str(ids[:8])[:-1] + (", …]" if len(ids) > 8 else "]")
 
     def _metrics(self, round_: Round) -> dict[str, float]:
@@ -443,8 +458,9 @@ class Engine:
     def evaluation_due(self) -> bool:
         """Whether an evaluation comes before the next step."""
         every, done = self.state.config.evaluate_every, self.state.step
-        last = done >= self.contributor.source.schedule.total_steps
-        return self.at_boundary and done > 0 and (last or (every is not None and done % every == 0)) and self.news
+        if not (self.at_boundary and done > 0 and self.news):
+            return False
+        return (every is not None and done % every == 0) or not self._has(done)
 
     @property
     def news(self) -> bool:
@@ -456,7 +472,7 @@ class Engine:
         """Evaluate the committed state."""
         assert self._evaluator is not None
         self.marks.enter(Phase.EVALUATING, self.state.step)
-        metrics = self._evaluator.run(self.mesh, self.marks, self.together)
+        metrics = self._evaluator.run(self.mesh, self.marks, self.together, self._check)
         return self.evaluated({"step": float(self.state.step)} | metrics)
 
     def evaluated(self, entry: dict[str, float]) -> EvaluationReport:

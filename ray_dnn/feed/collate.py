@@ -1,0 +1,43 @@
+"""From rows to a batch, where the user says nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from ray_dnn.errors import ConfigError
+
+
+def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """One tensor a column, the rows along its first dimension. ``rng`` is not used.
+
+    Raises:
+        ConfigError: a column has no numbers, or ragged ones.
+    """
+    batch = {}
+    for name in rows.column_names:
+        array = _as_array(rows.column(name))
+        if array is None or array.dtype.kind not in "biuf":
+            raise ConfigError(
+                f"The column {name!r} has type {rows.schema.field(name).type}, of which no tensor can be made as it "
+                "is. Give TrainSpec(collate=…)."
+            )
+        batch[name] = torch.tensor(array)  # a copy: the object store's memory is read-only
+    return batch
+
+
+def _as_array(column: pa.ChunkedArray) -> Any:
+    """A column of numbers, or of tensors of one shape, as an array; None where it is neither."""
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # of no chunk or of several
+        whole = pa.concat_arrays(whole.chunks)
+    kind = whole.type
+    if hasattr(whole, "to_numpy_ndarray"):  # tensors of Ray Data, or Arrow's own
+        return whole.to_numpy_ndarray()
+    if pa.types.is_fixed_size_list(kind) and whole.null_count == 0:
+        return whole.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), kind.list_size)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return whole.to_numpy(zero_copy_only=False)
+    return None

@@ -1,0 +1,81 @@
+"""Tasks that take rows into their order and deal them out to virtual workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from ray_dnn.feed.raydata import as_table, concat
+from ray_dnn.sampler import NUMBERS, RowOrder
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Consecutive rows of a stream, in the object store.
+
+    Attributes:
+        ref: to a block.
+        start, stop: which of its rows.
+        first: the number of the first one; None: the block holds their numbers.
+        size: bytes of them, as far as known.
+    """
+
+    ref: Any
+    start: int
+    stop: int
+    first: int | None = None
+    size: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def load(self) -> pa.Table:
+        """The rows, with their numbers."""
+        table = as_table(ray.get(self.ref)).slice(self.start, self.rows)
+        if self.first is None:
+            return table
+        return table.append_column(NUMBERS, pa.array(np.arange(self.first, self.first + self.rows, dtype=np.int64)))
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What is to be dealt out: positions ``start..stop`` of an epoch.
+
+    Attributes:
+        lots: that hold all rows that come there.
+        begin: the place of the first row of the first lot.
+        rows: of the epoch's stream, as `RowOrder.places` asks for it.
+        counts: rows for each virtual worker, in each batch of each step; -1 where a step has fewer batches. Shape:
+            (steps, batches, workers).
+    """
+
+    order: RowOrder
+    epoch: int
+    start: int
+    stop: int
+    lots: tuple[Lot, ...]
+    begin: int
+    rows: int
+    counts: NDArray[np.int32]
+
+    def tables(self) -> list[pa.Table]:
+        """The rows of each virtual worker, step after step."""
+        whole = concat([lot.load() for lot in self.lots]).combine_chunks()
+        places = self.order.places(self.epoch, self.start, self.stop, self.rows) - self.begin
+        steps, batches, workers = self.counts.shape
+        worker = np.repeat(np.tile(np.arange(workers), steps * batches), np.maximum(self.counts, 0).reshape(-1))
+        return [whole.take(pa.array(places[worker == w])).combine_chunks() for w in range(workers)]
+
+
+@ray.remote(num_cpus=0, max_retries=-1)
+def deal(what: Deal) -> Any:
+    """Deal out rows: one table for each virtual worker."""
+    tables: Sequence[pa.Table] = what.tables()
+    return tables[0] if len(tables) == 1 else tuple(tables)

@@ -1,0 +1,169 @@
+"""Tasks that read units, each by itself."""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from ray_dnn.errors import DataError, RayDnnError, UserCodeError
+from ray_dnn.feed.raydata import as_table, concat
+from ray_dnn.feed.source import Source
+from ray_dnn.portable import portable
+from ray_dnn.sampler import NUMBERS, derive_seed
+
+_SHIPPED_BYTES = 8 << 20  # that small units are joined to, before they are shipped together
+_SOURCES = 4  # that a process keeps
+
+
+class Read(NamedTuple):
+    """Rows of a unit that were read.
+
+    Attributes:
+        unit: its number.
+        rows: how many.
+        last: whether the unit has no more.
+    """
+
+    unit: int
+    rows: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a task is to read.
+
+    Attributes:
+        source: a reference to the `Source`.
+        units: their numbers, in the order in which they are to be read.
+        firsts: the numbers of their first rows.
+        seed: the job's.
+        epoch: that they are read for.
+        ship: whether the rows are wanted; else they are only counted.
+    """
+
+    source: Any
+    units: tuple[int, ...]
+    firsts: tuple[int, ...]
+    seed: int
+    epoch: int
+    ship: bool = True
+
+
+class ReadingError(Exception):
+    """What went wrong in a task: an error, and its cause, which pickling the error alone would lose."""
+
+    def __init__(self, error: RayDnnError, cause: Exception | None):
+        super().__init__(error, cause)
+        self.error, self.cause = error, cause
+
+
+def _read(order: Order) -> Iterator[Any]:
+    """Read units. Gives a table and what is in it by turns: the `Read`s, and the table's bytes."""
+    try:
+        yield from _tables(order)
+    except RayDnnError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
+        raise ReadingError(error, portable(cause) if cause else None) from None
+
+
+_OPTIONS: dict[str, Any] = {
+    "num_cpus": 0,
+    "num_returns": "streaming",
+    "max_retries": -1,  # of deaths, not of exceptions
+    "_generator_backpressure_num_objects": 8,
+}
+read: Any = ray.remote(**_OPTIONS)(_read)
+
+
+def _tables(order: Order) -> Iterator[Any]:
+    source = _source(order.source)
+    tables: list[pa.Table] = []
+    reads: list[Read] = []
+    size = 0
+    for unit, first in zip(order.units, order.firsts, strict=True):
+        rows = 0
+        for table in _unit(source, unit, first, order):
+            if size >= _SHIPPED_BYTES:
+                yield concat(tables)
+                yield reads, size
+                tables, reads, size = [], [], 0
+            if order.ship and table.num_rows:
+                tables.append(table)
+                size += table.nbytes
+            reads.append(Read(unit, table.num_rows, last=False))
+            rows += table.num_rows
+        reads.append(Read(unit, 0, last=True))
+    yield concat(tables) if tables else None
+    yield reads, size
+
+
+_sources: dict[str, Source] = {}  # by reference, the newest last
+
+
+def _source(reference: Any) -> Source:
+    key = reference.hex()
+    if key not in _sources:
+        while len(_sources) >= _SOURCES:
+            del _sources[next(iter(_sources))]
+        _sources[key] = ray.get(reference)
+    return _sources[key]
+
+
+def _unit(source: Source, number: int, first: int, order: Order) -> Iterator[pa.Table]:
+    """A unit's rows, with their numbers."""
+    tables = _seeded(source, number, derive_seed("transform", order.seed, source.name, order.epoch, number, bits=32))
+    for block in tables:
+        table = as_table(block)
+        yield table.append_column(NUMBERS, pa.array(np.arange(first, first + table.num_rows, dtype=np.int64)))
+        first += table.num_rows
+
+
+def _seeded(source: Source, number: int, seed: int) -> Iterator[Any]:
+    """A unit's blocks, with all global random generators seeded before the first."""
+    while True:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.manual_seed(seed)
+        blocks = _blocks(source, number)
+        head = next(blocks, None)
+        if torch is not None or "torch" not in sys.modules:
+            break
+        # A transform has loaded torch, whose generator was not seeded: begin again.
+    if head is not None:
+        yield from chain([head], blocks)
+
+
+def _blocks(source: Source, number: int) -> Iterator[Any]:
+    branch_number, index = source.units[number]
+    branch = source.branches[branch_number]
+    where = f"datasets[{source.name!r}], {source.unit(number).name}"
+    blocks = _readable(branch.leaf.read(index), where)
+    if branch.transform is None:
+        yield from blocks
+        return
+    try:
+        yield from branch.transform(blocks)
+    except DataError:
+        raise
+    except Exception as error:
+        told = error.__cause__ or error  # Ray Data wraps what the user's function raised
+        raise UserCodeError(f"{type(told).__name__} in a transform of {where}", traceback.format_exc()) from told
+
+
+def _readable(blocks: Iterable[Any], where: str) -> Iterator[Any]:
+    try:
+        yield from blocks
+    except Exception as error:
+        raise DataError(f"{where} cannot be read: {type(error).__name__}: {error}") from error

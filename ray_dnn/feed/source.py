@@ -1,0 +1,152 @@
+"""A dataset as units that can be read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ray_dnn.sampler import Rows
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a dataset.
+
+    Attributes:
+        name: for people: a file, a row group, rows.
+        rows: that it has, before transforms; None: nobody knows before it is read.
+        size: bytes that it takes where it is stored; 0: unknown.
+    """
+
+    name: str
+    rows: int | None
+    size: int = 0
+
+
+class Leaf(Protocol):
+    """Where units come from. Travels to the tasks."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """All units, in the dataset's order."""
+
+    def read(self, index: int) -> Iterator[Any]:
+        """A unit's rows, as blocks of Ray Data. Runs in a task."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A leaf and what is done with each of its units.
+
+    Attributes:
+        transform: from blocks to blocks; None: nothing is done.
+        counted: whether it leaves the number of rows as it is.
+        options: what its tasks ask Ray for.
+    """
+
+    leaf: Leaf
+    transform: Callable[[Iterator[Any]], Iterator[Any]] | None = None
+    counted: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows that lie in the object store already.
+
+    Attributes:
+        ref: of a block.
+        start, stop: which of its rows.
+    """
+
+    ref: Any
+    start: int
+    stop: int
+
+
+class Source:
+    """A dataset.
+
+    Attributes:
+        name: in ``Trainer(datasets=…)``.
+        branches: whose units make it up, one branch after the other.
+        units: all of them, as (branch, index in it).
+        counts: rows of each unit; None: some are not known before they are read. Shape: (units,).
+    """
+
+    def __init__(self, name: str, branches: Sequence[Branch]):
+        self.name = name
+        self.branches = tuple(branches)
+        self.units = [(b, i) for b, branch in enumerate(self.branches) for i in range(len(branch.leaf.units))]
+        self.counts: Rows | None = None
+        rows = [u.rows if branch.counted else None for branch in self.branches for u in branch.leaf.units]
+        if None not in rows:
+            self.counts = np.array(rows, np.int64)
+
+    @property
+    def rows(self) -> int | None:
+        """Of the dataset, if known."""
+        return None if self.counts is None else int(self.counts.sum())
+
+    @property
+    def row_bytes(self) -> float:
+        """Of an average row, as far as can be said before any is read."""
+        units = [u for branch in self.branches for u in branch.leaf.units if u.rows]
+        rows = sum(u.rows or 0 for u in units)
+        return sum(u.size for u in units) / rows if rows else 0.0
+
+    def unit(self, number: int) -> Unit:
+        branch, index = self.units[number]
+        return self.branches[branch].leaf.units[index]
+
+    def places(self, number: int) -> list[Place] | None:
+        """Where a unit's rows lie, if they need not be read at all."""
+        branch, index = self.units[number]
+        leaf = self.branches[branch].leaf
+        if self.branches[branch].transform is None and isinstance(leaf, Held):
+            return leaf.places(index)
+        return None
+
+
+class Held:
+    """Rows in the object store.
+
+    Args:
+        refs: of blocks, in order.
+        counts: rows of each block.
+        sizes: rows of each unit.
+        row_bytes: of an average row.
+    """
+
+    def __init__(self, refs: Sequence[Any], counts: Rows, sizes: Rows, row_bytes: float):
+        self._refs = list(refs)
+        self._ends = np.cumsum(counts)
+        self._unit_ends = np.cumsum(sizes)
+        self.units = [
+            Unit(f"rows {end - size}..{end - 1}", int(size), int(size * row_bytes))
+            for end, size in zip(self._unit_ends, sizes, strict=True)
+        ]
+
+    def places(self, index: int) -> list[Place]:
+        """Where a unit's rows lie."""
+        stop = int(self._unit_ends[index])
+        at = stop - (self.units[index].rows or 0)
+        found = []
+        while at < stop:
+            block = int(np.searchsorted(self._ends, at, side="right"))
+            begin = int(self._ends[block - 1]) if block else 0
+            end = min(stop, int(self._ends[block]))
+            found.append(Place(self._refs[block], at - begin, end - begin))
+            at = end
+        return found
+
+    def read(self, index: int) -> Iterator[Any]:
+        import ray
+
+        from ray_dnn.feed.raydata import as_table
+
+        for place in self.places(index):
+            yield as_table(ray.get(place.ref)).slice(place.start, place.stop - place.start)
