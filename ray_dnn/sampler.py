@@ -229,10 +229,10 @@ class Counted:
         return self._epoch[1].numbers(start, stop)
 
 
-def even_units(rows: int) -> Rows:
+def even_units(rows: int, size: int = UNIT_ROWS) -> Rows:
     """The rows of each unit of a dataset that has no units by nature. Shape: (units,)."""
-    starts = np.arange(0, rows, UNIT_ROWS, dtype=np.int64)
-    return np.minimum(rows - starts, UNIT_ROWS)
+    starts = np.arange(0, rows, size, dtype=np.int64)
+    return np.minimum(rows - starts, size)
 
 
 def split_evenly(rows: int, parts: int, least: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -195,6 +195,60 @@ def test_images_and_ragged_columns(tmp_path: Path) -> None:
     rows = [default_collate(t.drop_columns([NUMBERS]), torch.Generator())["data"] for (t,) in fed.steps()]
     fed.feed.close()
     assert torch.equal(torch.cat(rows).reshape(-1), torch.arange(240.0))
+
+
+class Squares(torch.utils.data.Dataset):
+    """A map-style dataset that augments at random, as they do."""
+
+    def __init__(self, form: str, size: int = 600):
+        self.form, self.size = form, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        x, noise = torch.full((2, 3), index), torch.rand(())
+        return {"dict": {"x": x, "n": noise}, "tuple": (x, noise), "one": x}[self.form]
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "one"])
+def test_map_style_datasets_give_batches_of_their_samples_form(form: str) -> None:
+    config = TrainConfig(64, virtual_workers=1, epochs=2)
+    runs = []
+    for _ in range(2):
+        fed = feed(Squares(form), config)
+        runs.append([default_collate(t.drop_columns([NUMBERS]), torch.Generator()) for (t,) in fed.steps()])
+        fed.feed.close()
+    parts = {"dict": lambda b: list(b.values()), "tuple": list, "one": lambda b: [b]}[form]
+    for one, other in zip(*runs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
+    get = {"dict": lambda b: b["x"], "tuple": lambda b: b[0], "one": lambda b: b}[form]
+    assert [type(b) for b in runs[0][:1]] == [{"dict": dict, "tuple": tuple, "one": torch.Tensor}[form]]
+    x = torch.cat([get(batch) for batch in runs[0]])
+    assert x.shape == (1200, 2, 3)
+    assert sorted(x[:600, 0, 0].tolist()) == sorted(x[600:, 0, 0].tolist()) == list(range(600))
+    if form == "dict":
+        noise = torch.cat([batch["n"] for batch in runs[0]])
+        assert noise.dtype == torch.float32
+        assert len(set(noise.tolist())) > 1100  # no two units, and no two epochs, draw the same
+
+
+class Pair(NamedTuple):
+    x: int
+    y: int
+
+
+@pytest.mark.parametrize(("sample", "what"), [(([1], 2), "list"), (Counter(a=Path()), "Path"), (Pair(1, 2), "Pair")])
+def test_samples_that_are_no_rows_are_refused_by_type(sample: Any, what: str) -> None:
+    class Odd(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            return sample
+
+    with pytest.raises(ConfigError, match=rf"datasets\['train'\]: a sample .*{what}"):
+        open_datasets({"train": Odd()})
 
 
 # -- beginning in the middle -------------------------------------------------------------------------------------------

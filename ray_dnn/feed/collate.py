@@ -8,10 +8,13 @@ import pyarrow as pa
 import torch
 
 from ray_dnn.errors import ConfigError
+from ray_dnn.feed.samples import in_form
 
 
-def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """One tensor a column, the rows along its first dimension. ``rng`` is not used.
+def default_collate(rows: pa.Table, rng: torch.Generator) -> Any:
+    """One tensor a column, the rows along its first dimension: a dict of them, or what samples of PyTorch were.
+
+    ``rng`` is not used.
 
     Raises:
         ConfigError: a column has no numbers, or ragged ones.
@@ -25,7 +28,7 @@ def default_collate(rows: pa.Table, rng: torch.Generator) -> dict[str, torch.Ten
                 "is. Give TrainSpec(collate=…)."
             )
         batch[name] = torch.tensor(array)  # a copy: the object store's memory is read-only
-    return batch
+    return in_form(rows, batch)
 
 
 def _as_array(column: pa.ChunkedArray) -> Any:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import ray
 
 from ray_dnn.errors import ConfigError
 from ray_dnn.feed.dealing import Deal, Lot, deal
 from ray_dnn.feed.source import Source
-from ray_dnn.feed.stream import Reader, StoppedError
+from ray_dnn.feed.stream import Reader, Room, StoppedError, placement
 from ray_dnn.feed.supply import Evaluated, News, Portion
 from ray_dnn.sampler import Epoch, RowOrder, Schedule
 
 _AHEAD = 4  # portions that wait for the one that is used
-_PORTION_BYTES = 16 << 20
 _PORTION_STEPS = 1024
 _WINDOW_SHARE, _HELD_SHARE = 0.4, 0.8  # of the object store: for one window, for a dataset that is shuffled globally
 
@@ -68,7 +67,7 @@ class Feed:
         self._portions: list[Portion] = []  # those that may still be asked for, and the first one
         self._evaluated: list[Evaluated] = []
         self._changed = threading.Condition()  # guards the four above
-        self._store = ray.cluster_resources().get("object_store_memory", float("inf"))
+        self._room = Room.of_cluster()
         self._train = self._reader(sources["train"], counts or {})
         self._told: set[int] = set(self._train.counts)  # units whose rows are known to everybody
         self._others = [self._reader(source, {}) for name, source in sources.items() if name != "train"]
@@ -77,7 +76,7 @@ class Feed:
         self._threads: list[threading.Thread] = []
 
     def _reader(self, source: Source, counts: Mapping[int, int]) -> Reader:
-        return Reader(source, self._order.seed, counts, self._hears.says, lambda: self._wanted)
+        return Reader(source, self._order.seed, counts, self._room, self._hears.says, lambda: self._wanted)
 
     def start(self) -> None:
         """Begin to read."""
@@ -124,9 +123,10 @@ class Feed:
         self._locate(step)
         while (total := self.schedule.total_steps) is None or step < total:
             epoch = 0 if self.schedule.rows is None else step // self.schedule.steps_per_epoch
-            for portion in self._epoch(epoch, step):
-                self._publish(portion)
-                step = portion.last
+            with closing(self._epoch(epoch, step)) as portions:
+                for portion in portions:
+                    self._publish(portion)
+                    step = portion.last
 
     def _locate(self, step: int) -> None:
         """Count rows until it is known which a step uses."""
@@ -148,16 +148,22 @@ class Feed:
         if stream.complete or enough():
             return
         self._hears.says("datasets['train']: rows are read only to count them, for nobody knows how many pass filters")
-        for _ in self._train.lots(stream, epoch, ship=False):
-            if enough():
-                break
+        with closing(self._train.lots(stream, epoch, ship=False)) as coming:
+            for _ in coming:
+                if enough():
+                    break
 
-    def _epoch(self, epoch: int, step: int) -> Iterator[Portion]:
+    def _epoch(self, epoch: int, step: int) -> Generator[Portion, None, None]:
         """The portions from a step on, to the end of its epoch."""
         stream = self._stream(epoch)
         start = self.schedule.batches(step)[0][1]
         window = _Window(begin=self._skip(stream, epoch, self._order.span(start, start + 1)[0]))
-        coming = self._train.lots(stream, epoch)
+        with closing(self._train.lots(stream, epoch)) as coming:
+            yield from self._steps(epoch, step, stream, window, coming)
+
+    def _steps(
+        self, epoch: int, step: int, stream: Epoch, window: _Window, coming: Iterator[list[Lot]]
+    ) -> Iterator[Portion]:
         size = 1
         while step < (last := self._clip(epoch, step + size)):
             while not self._there(step, last, stream) and (lots := next(coming, None)) is not None:
@@ -171,7 +177,6 @@ class Feed:
                 break
             yield self._deal(epoch, step, last, stream, window)
             step, size = last, min(2 * size, self._usual_steps())
-        coming.close()
 
     def _skip(self, stream: Epoch, epoch: int, place: int) -> int:
         """Pass over units that lie wholly before a place. Returns where the first unit that does not begins."""
@@ -216,7 +221,7 @@ class Feed:
     def _check_room(self, window: _Window) -> None:
         size = sum(lot.size for lot in window.lots)
         share = _HELD_SHARE if self._order.shuffle == "global" else _WINDOW_SHARE
-        if size > share * self._store:
+        if size > share * self._room.all:
             how = (
                 "Use TrainConfig(shuffle='windowed')."
                 if self._order.shuffle == "global"
@@ -225,7 +230,7 @@ class Feed:
             raise ConfigError(
                 f"datasets['train']: rows of {self._train.row_bytes / 1e3:.1f} kB that have to be there together to be "
                 f"shuffled take {size / 1e9:.2f} GB, and more are to come; the cluster's object store has "
-                f"{self._store / 1e9:.2f} GB. {how}"
+                f"{self._room.all / 1e9:.2f} GB. {how}"
             )
 
     def _deal(self, epoch: int, step: int, last: int, stream: Epoch, window: _Window) -> Portion:
@@ -242,13 +247,13 @@ class Feed:
                     counts[index, batch, worker] = piece.rows
         lots = window.up_to(stream.rows if reach is None else min(reach, stream.rows))
         what = Deal(order, epoch, start, stop, lots, window.begin, stream.rows, counts)
-        options = {"num_returns": schedule.virtual_workers, "scheduling_strategy": "SPREAD"}
-        tables: Any = deal.options(**options).remote(what)
+        where = placement(sum(lot.rows for lot in lots) * self._train.row_bytes)
+        tables: Any = deal.options(num_returns=schedule.virtual_workers, **where).remote(what)
         return Portion(step, last, counts, tuple(tables) if schedule.virtual_workers > 1 else (tables,))
 
     def _usual_steps(self) -> int:
         rows = self.schedule.local_batches * self.schedule.batch_size
-        return int(max(1, min(_PORTION_STEPS, _PORTION_BYTES / max(1.0, self._train.row_bytes * rows))))
+        return int(max(1, min(_PORTION_STEPS, self._room.task / max(1.0, self._train.row_bytes * rows))))
 
     def _publish(self, portion: Portion) -> None:
         with self._changed:
@@ -273,11 +278,12 @@ class Feed:
         """Read all that is evaluated. It stays in the object store, or where that spills to."""
         for reader in self._others:
             stream = Epoch(RowOrder(0, "none", 1), 0, len(reader.source.units), reader.numbering)
-            for index, lots in enumerate(reader.lots(stream, epoch=-1)):
-                part = Evaluated(reader.source.name, index, tuple(lots), stream.complete)
-                with self._changed:
-                    self._evaluated.append(part)
-                self._hears.news(News(evaluated=(part,)))
+            with closing(reader.lots(stream, epoch=-1)) as coming:
+                for index, lots in enumerate(coming):
+                    part = Evaluated(reader.source.name, index, tuple(lots), stream.complete)
+                    with self._changed:
+                        self._evaluated.append(part)
+                    self._hears.news(News(evaluated=(part,)))
             if not stream.rows:
                 raise ConfigError(f"datasets[{reader.source.name!r}] has no rows: none passed its filters.")
 

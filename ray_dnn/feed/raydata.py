@@ -38,17 +38,11 @@ def open_dataset(name: str, dataset: Any) -> Source:
     """Take a Ray Dataset apart. Reads lists of files and the footers of Parquet files, no rows.
 
     Raises:
-        ConfigError: it is not a Ray Dataset, has no rows, or holds an operator whose result depends on the cluster.
+        ConfigError: it has no rows, or holds an operator whose result depends on the cluster.
     """
-    import ray.data
     from ray.data._internal.logical.interfaces import LogicalPlan
     from ray.data._internal.logical.optimizers import LogicalOptimizer
 
-    if not isinstance(dataset, ray.data.Dataset):
-        raise ConfigError(
-            f"datasets[{name!r}] is a {type(dataset).__name__}; it must be a ray.data.Dataset (ray.data.read_parquet, "
-            "from_numpy, …) or a map-style PyTorch dataset (with __getitem__ and __len__)."
-        )
     context = dataset.context.copy()
     if context.max_errored_blocks:
         raise ConfigError(

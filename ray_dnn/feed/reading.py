@@ -20,7 +20,6 @@ from ray_dnn.feed.source import Source
 from ray_dnn.portable import portable
 from ray_dnn.sampler import NUMBERS, derive_seed
 
-_SHIPPED_BYTES = 8 << 20  # that small units are joined to, before they are shipped together
 _SOURCES = 4  # that a process keeps
 
 
@@ -48,6 +47,7 @@ class Order:
         firsts: the numbers of their first rows.
         seed: the job's.
         epoch: that they are read for.
+        bytes: that small units are joined to, before they are shipped together.
         ship: whether the rows are wanted; else they are only counted.
     """
 
@@ -56,6 +56,7 @@ class Order:
     firsts: tuple[int, ...]
     seed: int
     epoch: int
+    bytes: int
     ship: bool = True
 
 
@@ -93,7 +94,7 @@ def _tables(order: Order) -> Iterator[Any]:
     for unit, first in zip(order.units, order.firsts, strict=True):
         rows = 0
         for table in _unit(source, unit, first, order):
-            if size >= _SHIPPED_BYTES:
+            if size >= order.bytes:
                 yield concat(tables)
                 yield reads, size
                 tables, reads, size = [], [], 0

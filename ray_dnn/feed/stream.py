@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dnn.errors import ConfigError, DataError
 from ray_dnn.feed.dealing import Lot
@@ -16,16 +18,30 @@ from ray_dnn.feed.reading import Order, Read, ReadingError, read
 from ray_dnn.feed.source import Source
 from ray_dnn.sampler import Epoch, Numbering
 
-_TASK_BYTES, _TASK_UNITS = 16 << 20, 64  # that one task reads: so many bytes, but at most so many units
+_TASK_UNITS = 64  # that one task reads at most
 _FIRST_GUESS = 4 << 20  # bytes of a unit, while nothing is known
+_SPREAD_BYTES = 1 << 20
+_TASK_BYTES, _TASKS_IN_STORE = 16 << 20, 32  # that one task makes: so much, or such a part of the store
 _TICK_S = 0.5  # between two looks whether the pass is still wanted
 _SAY_S = 10.0  # of waiting, before it is said; then twice as long, and so on
+
+
+def placement(size: float) -> dict[str, Any]:
+    """Where a task runs that makes so many bytes: on any node, or, if that is not worth it, on the driver's.
+
+    Without the driver's node there is no run, so what lies there is not lost before it.
+    """
+    if size >= _SPREAD_BYTES:
+        return {"scheduling_strategy": "SPREAD"}
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}
 
 
 class Reader:
     """Reads a dataset's units for the driver.
 
     Args:
+        room: in the object store.
         counts: rows of units that are known although ``source`` does not say them.
         say: told what is waited for, when that takes long.
         wanted: whether the run still goes on.
@@ -40,6 +56,7 @@ class Reader:
         source: Source,
         seed: int,
         counts: Mapping[int, int],
+        room: Room,
         say: Callable[[str], None],
         wanted: Callable[[], bool],
     ):
@@ -48,7 +65,7 @@ class Reader:
         self.counts = dict(counts)
         if source.counts is not None:
             self.counts |= {unit: int(rows) for unit, rows in enumerate(source.counts)}
-        self._seed, self._say, self._wanted = seed, say, wanted
+        self._seed, self._room, self._say, self._wanted = seed, room, say, wanted
         self._reference: Any = ray.put(source)
         self._bytes = self._units = self._rows = 0  # read so far
         cpus = ray.cluster_resources().get("CPU", 1)
@@ -90,24 +107,28 @@ class Reader:
         first = int(stream.units[index])
         if self.source.places(first) is not None:
             return [first]
-        usual = self._bytes / self._units if self._units else _FIRST_GUESS
         numbers: list[int] = []
         size = 0.0
         for unit in stream.units[index : index + _TASK_UNITS]:
-            if numbers and (size >= _TASK_BYTES or self.source.units[unit][0] != self.source.units[first][0]):
+            if numbers and (size >= self._room.task or self.source.units[unit][0] != self.source.units[first][0]):
                 break
             numbers.append(int(unit))
-            size += self.source.unit(int(unit)).size or usual
+            size += self._size(int(unit))
         return numbers
+
+    def _size(self, unit: int) -> float:
+        """Bytes of a unit, as far as can be said before it is read."""
+        usual = self._bytes / self._units if self._units else _FIRST_GUESS
+        return self.source.unit(unit).size or usual
 
     def _begin(self, numbers: list[int], epoch: int, ship: bool) -> Any:
         if self.source.places(numbers[0]) is not None:
             return None
         options = dict(self.source.branches[self.source.units[numbers[0]][0]].options)
         if "label_selector" not in options:
-            options["scheduling_strategy"] = "SPREAD"
+            options |= placement(sum(self._size(unit) for unit in numbers))
         firsts = tuple(self.numbering.first(unit) for unit in numbers)
-        order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, ship)
+        order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, int(self._room.task / 2), ship)
         return read.options(**options).remote(order)
 
     def _held(self, stream: Epoch, unit: int) -> list[Lot]:
@@ -165,6 +186,26 @@ class Reader:
                 "changes the number of rows was given udf_modifying_row_count=False."
             )
         stream.end()
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the object store of the cluster has room for, in bytes.
+
+    Attributes:
+        all: in the whole cluster.
+        task: that one task should make at a time. The feed has about a dozen times as much in the store, besides the
+            rows of a window.
+    """
+
+    all: float
+    task: float
+
+    @classmethod
+    def of_cluster(cls) -> Room:
+        """The present room."""
+        nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        return cls(sum(nodes), min(_TASK_BYTES, min(nodes) / _TASKS_IN_STORE))
 
 
 class StoppedError(Exception):
