@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     LossFunction = Callable[[nn.Module, Any], "torch.Tensor | Loss"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-SHUFFLES = ("none", "windowed", "global")
+SHUFFLES = ("auto", "none", "windowed", "global")
 NONFINITE = ("stop", "skip")
 CPU_ISAS = ("auto", "avx2", "native")
 
@@ -102,8 +102,10 @@ class TrainConfig:
         min_rows: no computation sees fewer rows than this; a smaller remainder joins its neighbour. 2 for BatchNorm.
         clip_norm: largest 2-norm of the combined gradient of one optimizer's parameters.
         precision: "fp32", or autocast to "bf16", or to "fp16" with dynamic loss scaling.
-        shuffle: "none", "windowed" (windows of ``shuffle_window`` rows in random order, rows random inside each), or
-            "global".
+        shuffle: "none". "windowed": units of the dataset (row groups, small files) in random order, and rows in random
+            order inside of windows. "global": one permutation of all rows, which must fit the object store. "auto":
+            "global" for a dataset that is in memory already, else "windowed".
+        shuffle_window: rows in a window.
         nonfinite: a NaN or infinite contribution stops the run ("stop") or leaves the step without an update ("skip").
         evaluate_every: steps between two evaluations; None: only at the end.
         checkpoint_every: steps between two checkpoints; None: only at the end.
@@ -124,8 +126,8 @@ class TrainConfig:
     min_rows: int = 1
     clip_norm: float | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    shuffle: Literal["none", "windowed", "global"] = "windowed"
-    shuffle_window: int = 65_536
+    shuffle: Literal["auto", "none", "windowed", "global"] = "auto"
+    shuffle_window: int = 16_384
     nonfinite: Literal["stop", "skip"] = "stop"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None

@@ -108,7 +108,7 @@ class Driver:
         self._job, self._size, self._folder, self._log = job, size, folder, log
         self._loop = Loop()
         train = sources["train"]
-        order, schedule = rows_of_job(job.config, train.rows, job.strategy.local_batches)
+        order, schedule = rows_of_job(job.config, train.rows, train.held, job.strategy.local_batches)
         self._feed = Feed(sources, order, schedule, self._hears())
         self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)

@@ -348,8 +348,13 @@ class Schedule:
         return min(sizes)
 
 
-def rows_of_job(config: TrainConfig, rows: int | None, local_batches: int) -> tuple[RowOrder, Schedule]:
-    """The order and the schedule that a job's numbers ask for. ``rows``: in the training set, if that is known."""
+def rows_of_job(config: TrainConfig, rows: int | None, held: bool, local_batches: int) -> tuple[RowOrder, Schedule]:
+    """The order and the schedule that a job's numbers ask for.
+
+    Args:
+        rows: in the training set, if that is known.
+        held: whether the training set is in memory as it is.
+    """
     schedule = Schedule(
         rows=rows,
         batch_size=config.batch_size,
@@ -359,4 +364,5 @@ def rows_of_job(config: TrainConfig, rows: int | None, local_batches: int) -> tu
         epochs=config.epochs,
         steps=config.steps,
     )
-    return RowOrder(config.seed, config.shuffle, config.shuffle_window), schedule
+    shuffle = ("global" if held else "windowed") if config.shuffle == "auto" else config.shuffle
+    return RowOrder(config.seed, shuffle, config.shuffle_window), schedule

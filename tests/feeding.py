@@ -58,7 +58,7 @@ def feed(
 ) -> Fed:
     """Begin to feed. ``datasets``: the training set, or all by name."""
     sources = open_datasets(datasets if isinstance(datasets, dict) else {"train": datasets})
-    order, schedule = rows_of_job(config, sources["train"].rows, batches)
+    order, schedule = rows_of_job(config, sources["train"].rows, sources["train"].held, batches)
     supply = Supply()
     supply.names = [name for name in sources if name != "train"]
     said: list[str] = []

@@ -94,11 +94,11 @@ class Job:
     @property
     def order(self) -> Counted:
         rows = self.rows.num_rows
-        return Counted(rows_of_job(self.config, rows, self.strategy.local_batches)[0], even_units(rows))
+        return Counted(rows_of_job(self.config, rows, True, self.strategy.local_batches)[0], even_units(rows))
 
     @property
     def schedule(self) -> Schedule:
-        return rows_of_job(self.config, self.rows.num_rows, self.strategy.local_batches)[1]
+        return rows_of_job(self.config, self.rows.num_rows, True, self.strategy.local_batches)[1]
 
 
 Make = Callable[[], Job]  # can be pickled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,14 @@ class Lot:
     def rows(self) -> int:
         return self.stop - self.start
 
+    def joined(self, other: Lot) -> Lot | None:
+        """This lot and the one that follows it as one, where they lie together and are numbered through."""
+        if self.first is None or self.ref != other.ref or self.stop != other.start:
+            return None
+        if self.first + self.rows != other.first:
+            return None
+        return replace(self, stop=other.stop)
+
     def load(self) -> pa.Table:
         """The rows, with their numbers."""
         table = as_table(ray.get(self.ref)).slice(self.start, self.rows)
@@ -67,11 +75,22 @@ class Deal:
 
     def tables(self) -> list[pa.Table]:
         """The rows of each virtual worker, step after step."""
-        whole = concat([lot.load() for lot in self.lots]).combine_chunks()
         places = self.order.places(self.epoch, self.start, self.stop, self.rows) - self.begin
+        ends = np.cumsum([lot.rows for lot in self.lots])
+        lots = np.searchsorted(ends, places, side="right")
+        by_lot = np.argsort(lots, kind="stable")
+        bounds = np.searchsorted(lots[by_lot], np.arange(len(self.lots) + 1))
+        parts = []
+        for index, lot in enumerate(self.lots):
+            chosen = by_lot[bounds[index] : bounds[index + 1]]
+            if len(chosen):
+                parts.append(lot.load().take(pa.array(places[chosen] - (ends[index] - lot.rows))))
+        taken = concat(parts).combine_chunks()  # in the order of lots
+        at = np.empty_like(by_lot)
+        at[by_lot] = np.arange(len(by_lot))
         steps, batches, workers = self.counts.shape
         worker = np.repeat(np.tile(np.arange(workers), steps * batches), np.maximum(self.counts, 0).reshape(-1))
-        return [whole.take(pa.array(places[worker == w])).combine_chunks() for w in range(workers)]
+        return [taken.take(pa.array(at[worker == w])) for w in range(workers)]
 
 
 @ray.remote(num_cpus=0, max_retries=-1)

@@ -167,7 +167,7 @@ class Feed:
         size = 1
         while step < (last := self._clip(epoch, step + size)):
             while not self._there(step, last, stream) and (lots := next(coming, None)) is not None:
-                window.lots += lots
+                window.add(lots)
                 self._check_room(window)
             self._tell_counts()
             if stream.complete:
@@ -298,6 +298,15 @@ class _Window:
 
     begin: int
     lots: list[Lot] = field(default_factory=list)
+
+    def add(self, lots: list[Lot]) -> None:
+        """Rows that follow."""
+        for lot in lots:
+            both = self.lots[-1].joined(lot) if self.lots else None
+            if both is not None:
+                self.lots[-1] = both
+            else:
+                self.lots.append(lot)
 
     def drop_before(self, place: int) -> None:
         """Drop lots that lie wholly before a place."""

@@ -92,6 +92,11 @@ class Source:
         return None if self.counts is None else int(self.counts.sum())
 
     @property
+    def held(self) -> bool:
+        """Whether all rows are in the object store as they are."""
+        return all(branch.transform is None and isinstance(branch.leaf, Held) for branch in self.branches)
+
+    @property
     def row_bytes(self) -> float:
         """Of an average row, as far as can be said before any is read."""
         units = [u for branch in self.branches for u in branch.leaf.units if u.rows]
