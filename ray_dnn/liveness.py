@@ -130,10 +130,13 @@ def _fault(sight: Sight, patience: Patience) -> Verdict | None:
 
 
 def _stalled(members: list[Sight], patience: Patience, told: Mapping[str, Sight]) -> list[Verdict]:
-    """Verdicts where all members wait for each other. All of them being ready is the driver's turn, and no stall."""
+    """Verdicts where all members wait for each other.
+
+    All of them being ready is the driver's turn, and no stall; nor is it one while any waits to be told of rows.
+    """
     if any(not s.there or s.status.phase.patient is not Patient.WAITING for s in members):
         return []
-    if all(s.status.phase is Phase.READY for s in members):
+    if all(s.status.phase is Phase.READY for s in members) or any(s.status.phase is Phase.SUPPLY for s in members):
         return []
     deaf = [s for s in members if s.name in told and told[s.name].status == s.status]
     before = {s.name: told[s.name].still_s for s in deaf}  # what has been counted against them once already

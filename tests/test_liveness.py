@@ -120,7 +120,7 @@ def test_the_dead_are_left_to_ray(view: list[Sight], generation: set[str], patie
 def test_whatever_agents_do_none_can_hang_for_good(view: list[Sight], patience: Patience) -> None:
     """Nothing moves any more, and the driver forms the generation anew when told that it is stalled."""
     there = [replace(s, there=True, stopped=False) for s in view]
-    if all(s.status.phase is Phase.READY for s in there):
+    if all(s.status.phase is Phase.READY for s in there) or any(s.status.phase is Phase.SUPPLY for s in there):
         return  # the driver's turn
     generation = {s.name for s in there if s.status.phase not in UNTIL_READY}
     told: dict[str, Sight] = {}
@@ -132,6 +132,13 @@ def test_whatever_agents_do_none_can_hang_for_good(view: list[Sight], patience: 
         there = [s for s in there if s.name not in gone]
         generation -= gone  # type: ignore[arg-type]
     assert all(s.status.phase is Phase.READY for s in there)
+
+
+@examples
+@given(views, members, patiences)
+def test_waiting_for_rows_is_no_stall(view: list[Sight], generation: set[str], patience: Patience) -> None:
+    view = [*view, sight("d", Phase.SUPPLY, still=2000)]
+    assert None not in named(judge(view, generation | {"d"}, patience))
 
 
 @examples
