@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from ray_dnn.feed.dealing import Deal, Lot, deal
 from ray_dnn.feed.source import Source
 from ray_dnn.feed.stream import Reader, Room, StoppedError, placement
 from ray_dnn.feed.supply import Evaluated, News, Portion
-from ray_dnn.sampler import Epoch, RowOrder, Schedule
+from ray_dnn.sampler import Epoch, RowOrder, Schedule, split_evenly
 
 _AHEAD = 4  # portions that wait for the one that is used
 _PORTION_STEPS = 1024
@@ -219,7 +220,7 @@ class Feed:
             self._hears.news(News(steps=self.schedule.total_steps))
 
     def _check_room(self, window: _Window) -> None:
-        size = sum(lot.size for lot in window.lots)
+        size = window.size
         share = _HELD_SHARE if self._order.shuffle == "global" else _WINDOW_SHARE
         if size > share * self._room.all:
             how = (
@@ -241,10 +242,9 @@ class Feed:
         first, reach = order.span(start, stop)
         window.drop_before(first)
         counts = np.full((last - step, schedule.local_batches, schedule.virtual_workers), -1, np.int32)
-        for index in range(last - step):
-            for worker in range(schedule.virtual_workers):
-                for batch, piece in enumerate(schedule.pieces(step + index, worker)):
-                    counts[index, batch, worker] = piece.rows
+        for index, of_step in enumerate(batches):
+            for batch, (_, begin, end) in enumerate(of_step):
+                counts[index, batch] = split_evenly(end - begin, schedule.virtual_workers, schedule.min_rows)
         lots = window.up_to(stream.rows if reach is None else min(reach, stream.rows))
         what = Deal(order, epoch, start, stop, lots, window.begin, stream.rows, counts)
         where = placement(sum(lot.rows for lot in lots) * self._train.row_bytes)
@@ -294,14 +294,17 @@ class _Window:
 
     Attributes:
         begin: the place of the first one.
+        size: bytes of them, as far as known.
     """
 
     begin: int
-    lots: list[Lot] = field(default_factory=list)
+    lots: deque[Lot] = field(default_factory=deque)
+    size: int = 0
 
     def add(self, lots: list[Lot]) -> None:
         """Rows that follow."""
         for lot in lots:
+            self.size += lot.size
             both = self.lots[-1].joined(lot) if self.lots else None
             if both is not None:
                 self.lots[-1] = both
@@ -311,7 +314,8 @@ class _Window:
     def drop_before(self, place: int) -> None:
         """Drop lots that lie wholly before a place."""
         while self.lots and self.begin + self.lots[0].rows <= place:
-            self.begin += self.lots.pop(0).rows
+            lot = self.lots.popleft()
+            self.begin, self.size = self.begin + lot.rows, self.size - lot.size
 
     def up_to(self, place: int) -> tuple[Lot, ...]:
         """The lots that hold rows before a place."""

@@ -189,7 +189,10 @@ class _TasksLeaf:
 
     def __init__(self, tasks: Sequence[Any]):
         self._tasks = list(tasks)
-        self.units = [Unit(f"read task {index}", task.metadata.num_rows) for index, task in enumerate(self._tasks)]
+        known = [task.metadata for task in self._tasks]
+        self.units = [
+            Unit(f"read task {index}", about.num_rows, int(about.size_bytes or 0)) for index, about in enumerate(known)
+        ]
 
     def read(self, index: int) -> Iterator[Any]:
         yield from self._tasks[index]()

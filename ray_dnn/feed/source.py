@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,7 +97,7 @@ class Source:
         """Whether all rows are in the object store as they are."""
         return all(branch.transform is None and isinstance(branch.leaf, Held) for branch in self.branches)
 
-    @property
+    @cached_property
     def row_bytes(self) -> float:
         """Of an average row, as far as can be said before any is read."""
         units = [u for branch in self.branches for u in branch.leaf.units if u.rows]

@@ -93,20 +93,18 @@ class Reader:
                     under_way.append((numbers, self._begin(numbers, epoch, ship)))
                 numbers, task = under_way[0]
                 if task is None:
-                    yield self._held(stream, numbers[0])
+                    yield self._held(stream, numbers)
                 else:
                     yield from self._finish(stream, numbers, task)
                 under_way.popleft()
         finally:
             for _, task in under_way:
-                if task is not None:
-                    ray.cancel(task)
+                if task is not None:  # by ending its process: an exception in the middle of an import would spoil it
+                    ray.cancel(task, force=True)
 
     def _group(self, stream: Epoch, index: int) -> list[int]:
         """The units that the next task reads: of one branch, and of one kind."""
         first = int(stream.units[index])
-        if self.source.places(first) is not None:
-            return [first]
         numbers: list[int] = []
         size = 0.0
         for unit in stream.units[index : index + _TASK_UNITS]:
@@ -131,14 +129,16 @@ class Reader:
         order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, int(self._room.task / 2), ship)
         return read.options(**options).remote(order)
 
-    def _held(self, stream: Epoch, unit: int) -> list[Lot]:
-        first = self.numbering.first(unit)
+    def _held(self, stream: Epoch, numbers: list[int]) -> list[Lot]:
+        """Take rows that need not be read."""
         lots = []
-        for place in self.source.places(unit) or []:
-            lots.append(Lot(place.ref, place.start, place.stop, first))
-            stream.add(lots[-1].rows)
-            first += lots[-1].rows
-        self._end(stream, unit, sum(lot.rows for lot in lots))
+        for unit in numbers:
+            first = begin = self.numbering.first(unit)
+            for place in self.source.places(unit) or []:
+                lots.append(Lot(place.ref, place.start, place.stop, begin))
+                stream.add(lots[-1].rows)
+                begin += lots[-1].rows
+            self._end(stream, unit, begin - first)
         return lots
 
     def _finish(self, stream: Epoch, numbers: list[int], task: Any) -> Generator[list[Lot], None, None]:
