@@ -150,7 +150,7 @@ def sample(model: nn.Module, prompt: bytes, length: int, context: int, seed: int
 
 SEPARATOR = b"\0"  # stands before every file
 HELD_OUT = 20  # one file in so many is held out
-STRIP_ROWS = 64  # that follow each other in a unit; those after them are in the next one
+STRIP_BYTES = 1 << 14  # of text that follows itself in a unit; what comes after it is in the next one
 UNIT_BYTES, UNITS = 1 << 20, 1 << 14  # of text in a unit, unless there would be too many of them
 WINDOW_BYTES = 64 << 20  # of text that is shuffled together
 
@@ -250,6 +250,7 @@ class Text:
 
     Attributes:
         size: bytes, separators included.
+        strip: rows in a strip.
         units: how many there are.
 
     Raises:
@@ -265,8 +266,8 @@ class Text:
                 f"{self.size:,} bytes on one side of the split are less than a context and one, {context + 1:,}; "
                 "name more text, or give a smaller --context"
             )
-        self._strips = -(-len(self) // STRIP_ROWS)
-        self.units = min(-(-self.size // UNIT_BYTES), UNITS, self._strips)
+        self.strip = max(1, STRIP_BYTES // context)
+        self.units = min(-(-self.size // UNIT_BYTES), UNITS, -(-len(self) // self.strip))
 
     def __len__(self) -> int:
         """Rows."""
@@ -284,18 +285,18 @@ class Text:
 
     def strips(self, unit: int) -> range:
         """The first row of each strip of a unit."""
-        return range(unit * STRIP_ROWS, len(self), self.units * STRIP_ROWS)
+        return range(unit * self.strip, len(self), self.units * self.strip)
 
     def unit_rows(self, unit: int) -> int:
         """How many rows a unit has."""
         strips = self.strips(unit)
-        return len(strips) * STRIP_ROWS - max(0, strips[-1] + STRIP_ROWS - len(self))
+        return len(strips) * self.strip - max(0, strips[-1] + self.strip - len(self))
 
     def unit(self, unit: int) -> Iterator[Bytes]:
         """A unit's rows, about a megabyte at a time. Shape of each: (rows, context + 1)."""
         strips = iter(self.strips(unit))
-        while some := list(islice(strips, max(1, UNIT_BYTES // (STRIP_ROWS * self.context)))):
-            yield np.concatenate([self.rows(strip, min(strip + STRIP_ROWS, len(self))) for strip in some])
+        while some := list(islice(strips, max(1, UNIT_BYTES // (self.strip * self.context)))):
+            yield np.concatenate([self.rows(strip, min(strip + self.strip, len(self))) for strip in some])
 
     def _read(self, start: int, stop: int) -> bytes:
         parts = []
@@ -600,17 +601,21 @@ def fit(job: Job) -> Result:
     ).fit()
 
 
-def report(job: Job, result: Result) -> None:
+def baselines(job: Job) -> dict[str, float]:
+    """What the model is compared with, and the bits that it needs per byte."""
+    counts = count_pairs(job.train, COUNTED_BYTES)
+    return {
+        "byte frequencies": unigram(counts, job.evaluated),
+        "byte-pair frequencies": bigram(counts, job.evaluated),
+        "xz, each file by itself": xz(job.held_out.files, PACKED_BYTES),
+    }
+
+
+def report(job: Job, compared: dict[str, float], result: Result) -> None:
     """Print how the model compares, what it writes, and the digest of its weights."""
     assert result.metrics
-    counts = count_pairs(job.train, COUNTED_BYTES)
     print("\nBits per byte of held-out text, less is better:")
-    for name, bits in (
-        ("byte frequencies", unigram(counts, job.evaluated)),
-        ("byte-pair frequencies", bigram(counts, job.evaluated)),
-        ("xz, each file by itself", xz(job.held_out.files, PACKED_BYTES)),
-        ("this model", result.metrics["validation/bits_per_byte"]),
-    ):
+    for name, bits in (compared | {"this model": result.metrics["validation/bits_per_byte"]}).items():
         print(f"  {name:<24} {bits:6.3f}")
     for what, size, limit in (
         ("Frequencies are those in", job.train.size, COUNTED_BYTES),
@@ -635,8 +640,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         f"{len(job.train.files):,} files to learn from, {len(job.evaluated):,} rows of {len(job.held_out.files):,} "
         f"others to evaluate on; {job.steps:,} steps of {job.flags.batch} rows."
     )
+    compared = baselines(job)  # now: who knows whether the files will still be there when training is done
     result = fit(job)
-    report(job, result)
+    report(job, compared, result)
     return result
 
 

@@ -147,7 +147,7 @@ def test_rows_predict_every_byte_once_and_in_order(datas: list[bytes], context: 
 def test_units_hold_every_row_once_and_each_is_taken_from_everywhere(
     files: int, size: int, strip: int, unit_bytes: int
 ) -> None:
-    with mock.patch.multiple(job, STRIP_ROWS=strip, UNIT_BYTES=unit_bytes, UNITS=50):
+    with mock.patch.multiple(job, STRIP_BYTES=strip, UNIT_BYTES=unit_bytes, UNITS=50):
         text = Text([listed(str(number), size) for number in range(files)], 1)
         units = [[range(at, min(at + strip, len(text))) for at in text.strips(unit)] for unit in range(text.units)]
         assert [sum(map(len, strips)) for strips in units] == [text.unit_rows(unit) for unit in range(text.units)]
@@ -301,11 +301,11 @@ def test_the_report_says_where_it_compares_with_a_sample(
     text = Text(write(tmp_path, bytes(3 << 20)), 64)
     result: Any = SimpleNamespace(metrics={"validation/bits_per_byte": 1.0, "weights_digest": "0"})
     made = job.Job(argparse.Namespace(sample=0), SHAPE, text, text, text.spread(1))
-    job.report(made, result)
+    job.report(made, job.baselines(made), result)
     assert "sample" not in capsys.readouterr().out
     monkeypatch.setattr(job, "COUNTED_BYTES", 2 << 20)
     monkeypatch.setattr(job, "PACKED_BYTES", 1 << 20)
-    job.report(made, result)
+    job.report(made, job.baselines(made), result)
     printed = capsys.readouterr().out
     assert "Frequencies are those in a sample of 2 MiB.\nxz was given a sample of 1 MiB.\n" in printed
 
