@@ -150,8 +150,8 @@ def sample(model: nn.Module, prompt: bytes, length: int, context: int, seed: int
 
 SEPARATOR = b"\0"  # stands before every file
 HELD_OUT = 20  # one file in so many is held out
-STRIP_BYTES = 1 << 14  # of text that follows itself in a unit; what comes after it is in the next one
-UNIT_BYTES, UNITS = 1 << 20, 1 << 14  # of text in a unit, unless there would be too many of them
+UNIT_BYTES, UNITS = 1 << 20, 1 << 14  # of text in a unit, unless there would be more units than that
+STRIP_BYTES, STRIPS = 1 << 16, 1 << 15  # of text in a strip, unless there would be fewer strips than that
 WINDOW_BYTES = 64 << 20  # of text that is shuffled together
 
 
@@ -246,7 +246,8 @@ class Text:
     than a row at the end is left out.
 
     Rows come in units that can be read one by one. Each is a sample of the whole text, strips of some rows at equal
-    distances. So rows that are shuffled together come from everywhere, however few of all rows they are.
+    distances. So rows that are shuffled together come from everywhere, however few of all rows they are. Strips of a
+    small text are short, and mix well; those of a large one are long, and quick to read.
 
     Attributes:
         size: bytes, separators included.
@@ -266,7 +267,7 @@ class Text:
                 f"{self.size:,} bytes on one side of the split are less than a context and one, {context + 1:,}; "
                 "name more text, or give a smaller --context"
             )
-        self.strip = max(1, STRIP_BYTES // context)
+        self.strip = max(1, min(STRIP_BYTES // context, len(self) // STRIPS))
         self.units = min(-(-self.size // UNIT_BYTES), UNITS, -(-len(self) // self.strip))
 
     def __len__(self) -> int:

@@ -143,19 +143,20 @@ def test_rows_predict_every_byte_once_and_in_order(datas: list[bytes], context: 
 
 
 @settings(deadline=None)
-@given(st.integers(1, 5), st.integers(1, 5_000), st.integers(1, 40), st.integers(1, 2_000))
+@given(st.integers(1, 5), st.integers(1, 5_000), st.integers(1, 1_000), st.integers(1, 2_000))
 def test_units_hold_every_row_once_and_each_is_taken_from_everywhere(
-    files: int, size: int, strip: int, unit_bytes: int
+    files: int, size: int, strips: int, unit_bytes: int
 ) -> None:
-    with mock.patch.multiple(job, STRIP_BYTES=strip, UNIT_BYTES=unit_bytes, UNITS=50):
+    with mock.patch.multiple(job, STRIPS=strips, UNIT_BYTES=unit_bytes, UNITS=50):
         text = Text([listed(str(number), size) for number in range(files)], 1)
+        strip = text.strip
         units = [[range(at, min(at + strip, len(text))) for at in text.strips(unit)] for unit in range(text.units)]
-        assert [sum(map(len, strips)) for strips in units] == [text.unit_rows(unit) for unit in range(text.units)]
+        assert [sum(map(len, spans)) for spans in units] == [text.unit_rows(unit) for unit in range(text.units)]
     assert text.units <= 50
-    assert sorted(row for strips in units for rows in strips for row in rows) == list(range(len(text)))
-    for strips in units:
-        ends = [0, *(rows.stop for rows in strips)]
-        gaps = [rows.start - end for rows, end in zip(strips, ends, strict=False)]
+    assert sorted(row for spans in units for span in spans for row in span) == list(range(len(text)))
+    for spans in units:
+        ends = [0, *(span.stop for span in spans)]
+        gaps = [span.start - end for span, end in zip(spans, ends, strict=False)]
         assert max([*gaps, len(text) - ends[-1]]) <= strip * (text.units - 1)
 
 
@@ -298,7 +299,7 @@ def test_xz_compresses_each_file_by_itself_and_no_more_than_it_is_asked_to(tmp_p
 def test_the_report_says_where_it_compares_with_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = Text(write(tmp_path, bytes(3 << 20)), 64)
+    text = Text(write(tmp_path, bytes(3 << 20)), 1024)
     result: Any = SimpleNamespace(metrics={"validation/bits_per_byte": 1.0, "weights_digest": "0"})
     made = job.Job(argparse.Namespace(sample=0), SHAPE, text, text, text.spread(1))
     job.report(made, job.baselines(made), result)
@@ -373,9 +374,9 @@ def test_a_size_is_what_it_says_unless_overridden(tmp_path: Path) -> None:
 
 def test_training_gets_every_row_of_many_files_once_an_epoch_bit_by_bit(cluster: None, tmp_path: Path) -> None:
     numbers = np.random.default_rng(0)
-    text = Text(write(tmp_path, *(numbers.bytes(size) for size in numbers.integers(1, 40_000, 150))), 64)
+    text = Text(write(tmp_path, *(numbers.bytes(size) for size in numbers.integers(1, 40_000, 150))), 256)
     assert text.units == 3
-    fed = feed(job.stream(text), TrainConfig(512, virtual_workers=2, epochs=1, shuffle_window=16_384))
+    fed = feed(job.stream(text), TrainConfig(128, virtual_workers=2, epochs=1, shuffle_window=4096))
     assert fed.feed.schedule.rows == len(text), "known before anything is read"
     steps = []
     for tables in fed.steps():
