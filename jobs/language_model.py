@@ -343,6 +343,11 @@ def stream(text: Text) -> ray.data.Dataset:
     return read
 
 
+def dataset(rows: Bytes) -> ray.data.Dataset:
+    """Rows in memory as a Ray Dataset."""
+    return ray.data.from_arrow(table(rows))
+
+
 def table(rows: Bytes) -> pa.Table:
     """Rows with one column of fixed-width binary."""
     count, width = rows.shape
@@ -595,7 +600,7 @@ def fit(job: Job) -> Result:
     )
     return Trainer(
         spec,
-        datasets={"train": stream(job.train), "validation": ray.data.from_arrow(table(job.evaluated))},
+        datasets={"train": stream(job.train), "validation": dataset(job.evaluated)},
         config=config,
         scaling_config=ScalingConfig(num_workers=agents),  # type: ignore[arg-type]  # Ray types its older class
         run_config=RunConfig(name=flags.name, storage_path=flags.storage),
