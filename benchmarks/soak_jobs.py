@@ -68,11 +68,9 @@ class Job:
 
 def language(steps: int) -> Job:
     """A transformer over bytes."""
-    train, held_out = language_model.split(language_model.read_texts([]))
-    rows = {
-        "train": language_model.spread(language_model.windows(train, SHAPE.context), ROWS)[:ROWS],
-        "validation": language_model.spread(language_model.windows(held_out, SHAPE.context), HELD_OUT_ROWS),
-    }
+    sides = language_model.split(language_model.list_files([]))
+    train, held_out = (language_model.Text(files, SHAPE.context) for files in sides)
+    rows = {"train": train.spread(ROWS)[:ROWS], "validation": held_out.spread(HELD_OUT_ROWS)}
     spec = TrainSpec(
         model=partial(language_model.LanguageModel, SHAPE),
         optimizer=partial(language_model.build_optimizer, lr=8e-3),

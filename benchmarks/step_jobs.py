@@ -109,7 +109,7 @@ def _images(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def tasks() -> tuple[Task, Task]:
     """Both jobs; reads the text and draws the images."""
-    text = lm.spread(lm.windows(lm.read_texts([])[:100], SHAPE.context), 2048)
+    text = lm.Text(lm.list_files([])[:100], SHAPE.context).spread(2048)
     text = text[: len(text) // 32 * 32]  # whole batches
     images = _images(1024)
     return (

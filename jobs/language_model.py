@@ -4,9 +4,10 @@
     python jobs/language_model.py ~/notes ~/book.txt           your own files and folders
     ray job submit --working-dir . -- python jobs/language_model.py --size small
 
-About one file in twenty is held out. At the end the model's bits per byte of held-out text stand beside those of byte
-and byte-pair frequencies and of xz, followed by a sample of what the model writes and by the digest of its weights: the
-same digest for any number of agents, whatever happened to them on the way.
+Text may be of any size: training reads it bit by bit, on this machine. About one file in twenty is held out. At the end
+the model's bits per byte of held-out text stand beside those of byte and byte-pair frequencies and of xz, followed by a
+sample of what the model writes and by the digest of its weights: the same digest for any number of agents, whatever
+happened to them on the way.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import argparse
 import hashlib
 import lzma
 import math
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +31,8 @@ import ray
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
 from ray.train import Result, RunConfig, ScalingConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -145,60 +150,87 @@ def sample(model: nn.Module, prompt: bytes, length: int, context: int, seed: int
 
 SEPARATOR = b"\0"  # stands before every file
 HELD_OUT = 20  # one file in so many is held out
-BLOCK_ROWS = 4096
+UNIT_BYTES, UNITS = 1 << 20, 1 << 14  # of text in a unit, unless there would be more units than that
+STRIP_BYTES, STRIPS = 1 << 16, 1 << 15  # of text in a strip, unless there would be fewer strips than that
+WINDOW_BYTES = 64 << 20  # of text that is shuffled together
 
 
-class Text(NamedTuple):
-    """A file's name, relative to the folder it was found in, and what it holds."""
+class File(NamedTuple):
+    """A part of a file that is on this machine: all of it, nearly always.
+
+    Attributes:
+        name: relative to the folder it was found in.
+        path: absolute.
+        start, stop: which of its bytes.
+    """
 
     name: str
-    data: bytes
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes ``start..stop`` of the part.
+
+        Raises:
+            OSError: they are not to be had.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.start + start)
+            data = file.read(stop - start)
+        if len(data) < stop - start:
+            raise OSError(f"{self.path} has become shorter since it was listed")
+        return data
 
 
-def read_texts(paths: Sequence[str]) -> list[Text]:
+def list_files(paths: Sequence[str]) -> list[File]:
     """The files named and those in the folders named; without any, the sources of Python's standard library.
 
-    Files that are empty, hidden or not readable are left out, and a file met twice counts once.
+    Files that are empty, hidden or not readable are left out, and a file met twice counts once. Nothing is read.
 
     Raises:
         ValueError: a path does not exist, or there is no text in it.
     """
-    found: dict[Path, Text] = {}
+    found: dict[str, File] = {}
     for path in map(Path, paths or [sysconfig.get_paths()["stdlib"]]):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        root, files = (path, sorted(path.rglob("*" if paths else "*.py"))) if path.is_dir() else (path.parent, [path])
-        texts = {file.resolve(): text for file in files if (text := read_text(file, root))}
-        if not texts:
+        root, entries = (path, sorted(path.rglob("*" if paths else "*.py"))) if path.is_dir() else (path.parent, [path])
+        files = {file.path: file for entry in entries if (file := list_file(entry, root))}
+        if not files:
             raise ValueError(f"{path}: no text in it; name a file or folder that holds some")
-        found = texts | found
+        found = files | found
     return list(found.values())
 
 
-def read_text(file: Path, root: Path) -> Text | None:
+def list_file(entry: Path, root: Path) -> File | None:
     """A file below a root; None where there is nothing to learn from it."""
-    name = file.relative_to(root)
+    name = entry.relative_to(root)
     if any(part.startswith(".") or part in ("__pycache__", "site-packages", "dist-packages") for part in name.parts):
         return None
     try:
-        data = file.read_bytes() if file.is_file() else b""
+        size = entry.stat().st_size if entry.is_file() and os.access(entry, os.R_OK) else 0
     except OSError:
         return None
-    return Text(name.as_posix(), data) if data else None
+    return File(name.as_posix(), str(entry.resolve()), 0, size) if size else None
 
 
-def split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
-    """Texts for training and held-out texts, by a hash of each name: the same on every machine.
+def split(files: Sequence[File]) -> tuple[list[File], list[File]]:
+    """Files for training and held-out files, by a hash of each name: the same on every machine.
 
-    Of a single text the last twentieth is held out.
+    Of a single file the last twentieth is held out.
     """
-    if len(texts) == 1:
-        [(name, data)] = texts
-        at = len(data) - max(1, len(data) // HELD_OUT)
-        return [Text(name, data[:at])], [Text(name, data[at:])]
-    ranked = sorted(texts, key=lambda text: (place(text.name) % HELD_OUT, place(text.name), text))
-    chosen = sum(place(text.name) % HELD_OUT == 0 for text in texts)
-    chosen = min(max(1, chosen), len(texts) - 1)
+    if len(files) == 1:
+        [file] = files
+        at = file.stop - max(1, file.size // HELD_OUT)
+        return [file._replace(stop=at)], [file._replace(start=at)]
+    ranked = sorted(files, key=lambda file: (place(file.name) % HELD_OUT, place(file.name), file))
+    chosen = sum(place(file.name) % HELD_OUT == 0 for file in files)
+    chosen = min(max(1, chosen), len(files) - 1)
     return sorted(ranked[chosen:]), sorted(ranked[:chosen])
 
 
@@ -207,35 +239,120 @@ def place(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
-def windows(texts: Sequence[Text], context: int) -> Bytes:
-    """All texts, one after another, as rows of ``context + 1`` bytes. Shape: (rows, context + 1).
+class Text:
+    """Files, one after another, a separator before each, as rows of ``context + 1`` bytes. Read only where asked for.
 
     A row starts with the byte that ends the row before, so that every byte but the very first is predicted once. Less
     than a row at the end is left out.
 
+    Rows come in units that can be read one by one. Each is a sample of the whole text, strips of some rows at equal
+    distances. So rows that are shuffled together come from everywhere, however few of all rows they are. Strips of a
+    small text are short, and mix well; those of a large one are long, and quick to read.
+
+    Attributes:
+        size: bytes, separators included.
+        strip: rows in a strip.
+        units: how many there are.
+
     Raises:
         ValueError: there is less than one row.
     """
-    joined = np.frombuffer(b"".join(SEPARATOR + text.data for text in texts), np.uint8)
-    if len(joined) <= context:
-        raise ValueError(
-            f"{len(joined):,} bytes on one side of the split are less than a context and one, {context + 1:,}; "
-            "name more text, or give a smaller --context"
-        )
-    return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(joined, context + 1)[::context])
+
+    def __init__(self, files: Sequence[File], context: int):
+        self.files, self.context = tuple(files), context
+        self._ends = np.cumsum([len(SEPARATOR) + file.size for file in files])
+        self.size = int(self._ends[-1])
+        if not len(self):
+            raise ValueError(
+                f"{self.size:,} bytes on one side of the split are less than a context and one, {context + 1:,}; "
+                "name more text, or give a smaller --context"
+            )
+        self.strip = max(1, min(STRIP_BYTES // context, len(self) // STRIPS))
+        self.units = min(-(-self.size // UNIT_BYTES), UNITS, -(-len(self) // self.strip))
+
+    def __len__(self) -> int:
+        """Rows."""
+        return (self.size - 1) // self.context
+
+    def rows(self, start: int, stop: int) -> Bytes:
+        """Rows ``start..stop``. Shape: (stop - start, context + 1)."""
+        joined = np.frombuffer(self._read(start * self.context, stop * self.context + 1), np.uint8)
+        return np.lib.stride_tricks.sliding_window_view(joined, self.context + 1)[:: self.context]
+
+    def spread(self, limit: int) -> Bytes:
+        """At most so many rows, at equal distances. Shape: (rows, context + 1)."""
+        numbers = range(0, len(self), -(-len(self) // max(1, limit)))
+        return np.concatenate([self.rows(number, number + 1) for number in numbers])
+
+    def strips(self, unit: int) -> range:
+        """The first row of each strip of a unit."""
+        return range(unit * self.strip, len(self), self.units * self.strip)
+
+    def unit_rows(self, unit: int) -> int:
+        """How many rows a unit has."""
+        strips = self.strips(unit)
+        return len(strips) * self.strip - max(0, strips[-1] + self.strip - len(self))
+
+    def unit(self, unit: int) -> Iterator[Bytes]:
+        """A unit's rows, about a megabyte at a time. Shape of each: (rows, context + 1)."""
+        strips = iter(self.strips(unit))
+        while some := list(islice(strips, max(1, UNIT_BYTES // (self.strip * self.context)))):
+            yield np.concatenate([self.rows(strip, min(strip + self.strip, len(self))) for strip in some])
+
+    def _read(self, start: int, stop: int) -> bytes:
+        parts = []
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        for file, end in zip(self.files[first : last + 1], self._ends[first : last + 1], strict=True):
+            begin = int(end) - file.size  # where the file's bytes begin; a separator stands before
+            if start < begin:
+                parts.append(SEPARATOR)
+            parts.append(file.read(max(0, start - begin), min(stop, int(end)) - begin))
+        return b"".join(parts)
 
 
-def spread(rows: Bytes, limit: int) -> Bytes:
-    """At most so many rows, at equal distances."""
-    return rows[:: -(-len(rows) // max(1, limit))]
+class Stream(Datasource):
+    """A text's rows for Ray Data."""
+
+    def __init__(self, text: Text):
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's
+        self.text = text
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """A task for each unit: how many there are depends on the text, not on the cluster."""
+        tasks = []
+        for unit in range(self.text.units):
+            rows = self.text.unit_rows(unit)
+            about = BlockMetadata(rows, rows * (self.text.context + 1), None)
+            tasks.append(ReadTask(partial(blocks, self.text, unit), about))
+        return tasks
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all rows."""
+        return len(self.text) * (self.text.context + 1)
+
+
+def blocks(text: Text, unit: int) -> Iterator[pa.Table]:
+    """A unit's rows as tables."""
+    return map(table, text.unit(unit))
+
+
+def stream(text: Text) -> ray.data.Dataset:
+    """All rows of a text as a Ray Dataset that is read bit by bit, on the machine that the files are on: this one."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    read: ray.data.Dataset = ray.data.read_datasource(Stream(text), label_selector=here)
+    return read
 
 
 def dataset(rows: Bytes) -> ray.data.Dataset:
-    """The rows as a Ray Dataset with one column of fixed-width binary, in blocks of about a megabyte."""
+    """Rows in memory as a Ray Dataset."""
+    return ray.data.from_arrow(table(rows))
+
+
+def table(rows: Bytes) -> pa.Table:
+    """Rows with one column of fixed-width binary."""
     count, width = rows.shape
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, pa.py_buffer(rows.tobytes())])
-    table = pa.table({"bytes": column})
-    return ray.data.from_arrow([table.slice(at, BLOCK_ROWS) for at in range(0, count, BLOCK_ROWS)])
+    return pa.table({"bytes": column})
 
 
 def collate(rows: pa.Table, generator: torch.Generator) -> torch.Tensor:
@@ -284,18 +401,16 @@ def build_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
 # What it is compared with: bits per byte of the same held-out text
 
 
-def unigram(train: Bytes, held_out: Bytes) -> float:
-    """By how often each byte occurs in the training rows, plus one."""
-    counts = np.bincount(train[:, 1:].ravel(), minlength=256) + 1.0
-    bits = -np.log2(counts / counts.sum())
-    return float(bits[held_out[:, 1:]].mean())
+COUNTED_BYTES, PACKED_BYTES = 64 << 20, 16 << 20  # of more text than that, a sample is counted, and compressed
 
 
-def bigram(train: Bytes, held_out: Bytes) -> float:
-    """By how often each byte follows each other in the training rows, plus one."""
-    counts = np.bincount(pairs(train).ravel(), minlength=65_536).reshape(256, 256) + 1.0
-    bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
-    return float(bits.ravel()[pairs(held_out)].mean())
+def count_pairs(text: Text, limit: int) -> NDArray[np.int64]:
+    """How often each byte follows each other, in about so many bytes from all over a text. Shape: (256, 256)."""
+    counts = np.zeros(65_536, np.int64)
+    for unit in range(max(1, text.units * min(limit, text.size) // text.size)):
+        for rows in text.unit(unit):
+            counts += np.bincount(pairs(rows).ravel(), minlength=65_536)
+    return counts.reshape(256, 256)
 
 
 def pairs(rows: Bytes) -> NDArray[np.int64]:
@@ -303,10 +418,28 @@ def pairs(rows: Bytes) -> NDArray[np.int64]:
     return 256 * rows[:, :-1].astype(np.int64) + rows[:, 1:]
 
 
-def xz(texts: Sequence[Text]) -> float:
-    """By compressing each text on its own, as hard as xz can."""
-    packed = sum(len(lzma.compress(text.data, preset=9 | lzma.PRESET_EXTREME)) for text in texts)
-    return 8 * packed / sum(len(text.data) for text in texts)
+def unigram(counts: NDArray[np.int64], held_out: Bytes) -> float:
+    """By how often each byte occurs in the training rows, plus one. ``counts``: of pairs."""
+    singles = counts.sum(axis=0) + 1.0
+    bits = -np.log2(singles / singles.sum())
+    return float(bits[held_out[:, 1:]].mean())
+
+
+def bigram(counts: NDArray[np.int64], held_out: Bytes) -> float:
+    """By how often each byte follows each other in the training rows, plus one. ``counts``: of pairs."""
+    doubles = counts + 1.0
+    bits = -np.log2(doubles / doubles.sum(axis=1, keepdims=True))
+    return float(bits.ravel()[pairs(held_out)].mean())
+
+
+def xz(files: Sequence[File], limit: int) -> float:
+    """By compressing each file on its own, as hard as xz can; so many bytes of them at most, taken from everywhere."""
+    size = packed = 0
+    for file in files[:: -(-sum(file.size for file in files) // limit)]:
+        if size < limit:
+            data = file.read(0, min(file.size, limit - size))
+            size, packed = size + len(data), packed + len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+    return 8 * packed / size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,10 +528,9 @@ class Job(NamedTuple):
 
     flags: argparse.Namespace
     shape: Shape
-    train: Bytes
-    held_out: Bytes
-    train_texts: list[Text]
-    held_out_texts: list[Text]
+    train: Text
+    held_out: Text
+    evaluated: Bytes  # rows of what is held out
 
     @property
     def steps(self) -> int:
@@ -434,11 +566,11 @@ def parse(arguments: Sequence[str] | None) -> Job:
     if flags.prompt is None:
         flags.prompt = "" if flags.paths else "def "
     try:
-        train, held_out = split(read_texts(flags.paths))
-        rows = windows(train, shape.context), windows(held_out, shape.context)
-    except ValueError as error:
+        train, held_out = (Text(files, shape.context) for files in split(list_files(flags.paths)))
+        evaluated = held_out.spread(flags.eval_bytes // shape.context)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    return Job(flags, shape, rows[0], spread(rows[1], flags.eval_bytes // shape.context), train, held_out)
+    return Job(flags, shape, train, held_out, evaluated)
 
 
 def fit(job: Job) -> Result:
@@ -463,29 +595,40 @@ def fit(job: Job) -> Result:
         epochs=flags.epochs,
         steps=flags.steps,
         clip_norm=1.0,
-        shuffle="global",
+        shuffle_window=max(1, WINDOW_BYTES // job.shape.context),
         evaluate_every=flags.evaluate_every,
     )
     return Trainer(
         spec,
-        datasets={"train": dataset(job.train), "validation": dataset(job.held_out)},
+        datasets={"train": stream(job.train), "validation": dataset(job.evaluated)},
         config=config,
         scaling_config=ScalingConfig(num_workers=agents),  # type: ignore[arg-type]  # Ray types its older class
         run_config=RunConfig(name=flags.name, storage_path=flags.storage),
     ).fit()
 
 
-def report(job: Job, result: Result) -> None:
+def baselines(job: Job) -> dict[str, float]:
+    """What the model is compared with, and the bits that it needs per byte."""
+    counts = count_pairs(job.train, COUNTED_BYTES)
+    return {
+        "byte frequencies": unigram(counts, job.evaluated),
+        "byte-pair frequencies": bigram(counts, job.evaluated),
+        "xz, each file by itself": xz(job.held_out.files, PACKED_BYTES),
+    }
+
+
+def report(job: Job, compared: dict[str, float], result: Result) -> None:
     """Print how the model compares, what it writes, and the digest of its weights."""
     assert result.metrics
     print("\nBits per byte of held-out text, less is better:")
-    for name, bits in (
-        ("byte frequencies", unigram(job.train, job.held_out)),
-        ("byte-pair frequencies", bigram(job.train, job.held_out)),
-        ("xz, each file by itself", xz(job.held_out_texts)),
-        ("this model", result.metrics["validation/bits_per_byte"]),
-    ):
+    for name, bits in (compared | {"this model": result.metrics["validation/bits_per_byte"]}).items():
         print(f"  {name:<24} {bits:6.3f}")
+    for what, size, limit in (
+        ("Frequencies are those in", job.train.size, COUNTED_BYTES),
+        ("xz was given", job.held_out.size, PACKED_BYTES),
+    ):
+        if size > limit:
+            print(f"{what} a sample of {limit >> 20} MiB.")
     if job.flags.sample:
         model = LanguageModel(job.shape)
         model.load_state_dict(load_weights(result.checkpoint))
@@ -500,11 +643,12 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     job = parse(arguments)
     print(
         f"{job.shape.layers} layers, width {job.shape.width}, context {job.shape.context}; {len(job.train):,} rows of "
-        f"{len(job.train_texts):,} files to learn from, {len(job.held_out):,} rows of {len(job.held_out_texts):,} "
+        f"{len(job.train.files):,} files to learn from, {len(job.evaluated):,} rows of {len(job.held_out.files):,} "
         f"others to evaluate on; {job.steps:,} steps of {job.flags.batch} rows."
     )
+    compared = baselines(job)  # now: who knows whether the files will still be there when training is done
     result = fit(job)
-    report(job, result)
+    report(job, compared, result)
     return result
 
 

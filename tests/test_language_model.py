@@ -1,18 +1,25 @@
+import argparse
 import hashlib
 import math
 import re
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 import torch
-from hypothesis import given
+from feeding import feed
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import language_model as job
-from jobs.language_model import Shape, Text
+from jobs.language_model import File, Shape, Text
+from ray_dnn import TrainConfig
 
 SHAPE = Shape(layers=2, width=32, context=16)
 
@@ -26,8 +33,22 @@ def model_of(shape: Shape) -> job.LanguageModel:
     return model
 
 
-def rows_of(text: bytes, context: int) -> job.Bytes:
-    return job.windows([Text("a", text)], context)
+def listed(name: str, size: int = 4) -> File:
+    """A file that is nowhere."""
+    return File(name, f"/nowhere/{name}", 0, size)
+
+
+def write(folder: Path, *datas: bytes) -> list[File]:
+    """Files with these bytes, in this order."""
+    for number, data in enumerate(datas):
+        (folder / f"{number:03}").write_bytes(data)
+    return job.list_files([str(folder)])
+
+
+def rows_of(folder: Path, text: bytes, context: int) -> job.Bytes:
+    (folder / "a").write_bytes(text)
+    made = Text(job.list_files([str(folder / "a")]), context)
+    return made.rows(0, len(made))
 
 
 def write_folder(folder: Path, files: int = 30) -> Path:
@@ -42,87 +63,139 @@ def write_folder(folder: Path, files: int = 30) -> Path:
 
 
 def test_the_split_is_by_sha256_of_the_name_and_nothing_else() -> None:
-    texts = [Text(f"folder/{n}.py", b"text") for n in range(400)]
-    train, held_out = job.split(texts)
+    files = [listed(f"folder/{n}.py") for n in range(400)]
+    train, held_out = job.split(files)
     expected = {
-        text.name for text in texts if int.from_bytes(hashlib.sha256(text.name.encode()).digest()[:8], "big") % 20 == 0
+        file.name for file in files if int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big") % 20 == 0
     }
-    assert {text.name for text in held_out} == expected
+    assert {file.name for file in held_out} == expected
     assert 10 <= len(expected) <= 30
-    assert sorted(train + held_out) == sorted(texts)
-    assert job.split(texts[::-1]) == (train, held_out)
+    assert sorted(train + held_out) == sorted(files)
+    assert job.split(files[::-1]) == (train, held_out)
 
 
 def test_a_file_more_moves_no_other_to_the_other_side() -> None:
-    texts = [Text(f"{n}.py", b"text") for n in range(400)]
-    _, before = job.split(texts[:300])
-    _, after = job.split(texts)
+    files = [listed(f"{n}.py") for n in range(400)]
+    _, before = job.split(files[:300])
+    _, after = job.split(files)
     assert before
-    assert set(before) == set(after) & set(texts[:300])
+    assert set(before) == set(after) & set(files[:300])
 
 
 @given(st.integers(2, 30))
 def test_both_sides_of_a_split_have_a_file(files: int) -> None:
-    train, held_out = job.split([Text(f"{n}", b"text") for n in range(files)])
+    train, held_out = job.split([listed(f"{n}") for n in range(files)])
     assert train
     assert held_out
     assert len(train) + len(held_out) == files
 
 
-def test_of_a_single_file_the_end_is_held_out() -> None:
-    [train], [held_out] = job.split([Text("a", bytes(range(200)))])
-    assert train.data + held_out.data == bytes(range(200))
-    assert len(held_out.data) == 10
+def test_of_a_single_file_the_end_is_held_out(tmp_path: Path) -> None:
+    [train], [held_out] = job.split(write(tmp_path, bytes(range(200))))
+    assert train.read(0, train.size) + held_out.read(0, held_out.size) == bytes(range(200))
+    assert held_out.size == 10
 
 
-def test_reading_leaves_out_what_is_hidden_generated_empty_or_unreadable(tmp_path: Path) -> None:
+def test_listing_leaves_out_what_is_hidden_generated_empty_or_unreadable(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.txt", ".git/config", "a/__pycache__/c.pyc", "site-packages/d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "empty").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert job.read_texts([str(tmp_path)]) == [Text("a/c.txt", b"a/c.txt"), Text("b.txt", b"b.txt")]
+    files = [File(name, str(tmp_path / name), 0, len(name)) for name in ("a/c.txt", "b.txt")]
+    assert job.list_files([str(tmp_path)]) == files
+    with mock.patch("os.access", lambda path, mode: Path(path).name != "b.txt"):
+        assert job.list_files([str(tmp_path)]) == files[:1]
 
 
-def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")
-    assert len(job.read_texts([str(tmp_path), str(tmp_path / "a.txt"), str(tmp_path)])) == 1
+    assert len(job.list_files([str(tmp_path), str(tmp_path / "a.txt"), str(tmp_path)])) == 1
 
 
-def test_without_paths_the_standard_library_is_read() -> None:
-    texts = {text.name: text.data for text in job.read_texts([])}
-    assert texts["argparse.py"].startswith(b"# Author: Steven J. Bethard")
-    assert all(name.endswith(".py") and "site-packages" not in name for name in texts)
-    assert sum(map(len, texts.values())) > 10_000_000
+def test_without_paths_the_standard_library_is_listed() -> None:
+    files = {file.name: file for file in job.list_files([])}
+    assert files["argparse.py"].read(0, 25) == b"# Author: Steven J. Bethard"[:25]
+    assert all(name.endswith(".py") and "site-packages" not in name for name in files)
+    assert sum(file.size for file in files.values()) > 10_000_000
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=5), st.integers(1, 12))
-def test_windows_predict_every_byte_once_and_in_order(datas: list[bytes], context: int) -> None:
+def test_rows_predict_every_byte_once_and_in_order(datas: list[bytes], context: int) -> None:
     joined = b"".join(b"\0" + data for data in datas)
-    texts = [Text(str(n), data) for n, data in enumerate(datas)]
-    if len(joined) <= context:
-        with pytest.raises(ValueError, match="less than a context and one"):
-            job.windows(texts, context)
-        return
-    rows = job.windows(texts, context)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write(Path(folder), *datas)
+        if len(joined) <= context:
+            with pytest.raises(ValueError, match="less than a context and one"):
+                Text(files, context)
+            return
+        text = Text(files, context)
+        rows = text.rows(0, len(text))
+        each = [text.rows(number, number + 1) for number in range(len(text))]
     assert rows.shape == ((len(joined) - 1) // context, context + 1)
     predicted = rows[:, 1:].tobytes()
     assert predicted == joined[1 : 1 + len(predicted)]
     assert len(joined) - 1 - len(predicted) < context
     assert rows[:, 0].tobytes() == joined[:-1:context][: len(rows)]
+    assert np.concatenate(each).tolist() == rows.tolist()
 
 
-def test_spread_takes_rows_from_everywhere() -> None:
-    rows = np.arange(100, dtype=np.uint8)[:, None]
-    assert job.spread(rows, 10)[:, 0].tolist() == list(range(0, 100, 10))
-    assert job.spread(rows, 1000).tolist() == rows.tolist()
-    assert job.spread(rows, 0).tolist() == [[0]]
-    assert all(len(job.spread(rows, limit)) <= limit for limit in range(1, 101))
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5_000), st.integers(1, 1_000), st.integers(1, 2_000))
+def test_units_hold_every_row_once_and_each_is_taken_from_everywhere(
+    files: int, size: int, strips: int, unit_bytes: int
+) -> None:
+    with mock.patch.multiple(job, STRIPS=strips, UNIT_BYTES=unit_bytes, UNITS=50):
+        text = Text([listed(str(number), size) for number in range(files)], 1)
+        strip = text.strip
+        units = [[range(at, min(at + strip, len(text))) for at in text.strips(unit)] for unit in range(text.units)]
+        assert [sum(map(len, spans)) for spans in units] == [text.unit_rows(unit) for unit in range(text.units)]
+    assert text.units <= 50
+    assert sorted(row for spans in units for span in spans for row in span) == list(range(len(text)))
+    for spans in units:
+        ends = [0, *(span.stop for span in spans)]
+        gaps = [span.start - end for span, end in zip(spans, ends, strict=False)]
+        assert max([*gaps, len(text) - ends[-1]]) <= strip * (text.units - 1)
 
 
-def test_collate_gives_the_bytes_of_any_slice_of_any_table() -> None:
-    rows = rows_of(bytes(range(256)), context=7)
+def test_a_file_may_be_larger_than_memory(tmp_path: Path) -> None:
+    size, at = 1 << 40, (1 << 39) + 5
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(size)  # zeros that take no room
+        file.seek(at)
+        file.write(bytes(range(1, 256)))
+    [train], [held_out] = job.split(job.list_files([str(tmp_path / "large")]))
+    text = Text([train], 256)
+    assert train.size + held_out.size == size
+    assert len(text) == train.size // 256
+    assert text.units == job.UNITS
+    row = (at + 1) // 256  # a separator stands before the text
+    assert text.rows(row, row + 2)[:, :-1].tobytes().strip(b"\0") == bytes(range(1, 256))
+    for part, _ in zip(text.unit(text.units - 1), range(3), strict=False):
+        assert 1 << 19 < part.nbytes < 1 << 21
+    assert sum(map(text.unit_rows, range(text.units))) == len(text)
+
+
+def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    [file] = write(tmp_path, b"some text")
+    (tmp_path / "000").write_bytes(b"some")
+    assert file.read(1, 4) == b"ome"
+    with pytest.raises(OSError, match=r"/000 has become shorter"):
+        file.read(0, 5)
+
+
+def test_spread_takes_rows_from_everywhere(tmp_path: Path) -> None:
+    text = Text(write(tmp_path, bytes(range(1, 101))), 1)  # 100 rows, each a number and the one before it
+    assert text.spread(10)[:, 1].tolist() == list(range(1, 101, 10))
+    assert text.spread(1000).tolist() == text.rows(0, 100).tolist()
+    assert text.spread(0).tolist() == [[0, 1]]
+    assert all(len(text.spread(limit)) <= limit for limit in range(1, 101))
+
+
+def test_collate_gives_the_bytes_of_any_slice_of_any_table(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, bytes(range(256)), context=7)
     column = pa.array([row.tobytes() for row in rows], pa.binary(8))
     chunked = pa.table({"bytes": pa.chunked_array([column[:3], column[3:]])})
     for begin, length in ((0, len(rows)), (1, 4), (5, 1)):
@@ -198,8 +271,9 @@ def test_a_sample_is_the_prompt_and_as_many_bytes_as_asked_for() -> None:
 # -- what it is compared with ----------------------------------------------------------------------------------------
 
 
-def test_unigram_and_bigram_are_what_counting_by_hand_gives() -> None:
-    train, held_out = rows_of(b"abracadabra" * 3, context=4), rows_of(b"cadabra!", context=4)
+def test_unigram_and_bigram_are_what_counting_by_hand_gives(tmp_path: Path) -> None:
+    text = Text(write(tmp_path, b"abracadabra" * 3), 4)
+    train, held_out = text.rows(0, len(text)), rows_of(tmp_path, b"cadabra!", context=4)
     learned = [(int(row[t]), int(row[t + 1])) for row in train for t in range(4)]
     asked = [(int(row[t]), int(row[t + 1])) for row in held_out for t in range(4)]
 
@@ -208,14 +282,33 @@ def test_unigram_and_bigram_are_what_counting_by_hand_gives() -> None:
 
     singles = [bits(sum(b == y for _, b in learned), len(learned)) for _, y in asked]
     doubles = [bits(learned.count((x, y)), sum(a == x for a, _ in learned)) for x, y in asked]
-    assert job.unigram(train, held_out) == pytest.approx(sum(singles) / len(singles))
-    assert job.bigram(train, held_out) == pytest.approx(sum(doubles) / len(doubles))
+    counts = job.count_pairs(text, 1 << 20)
+    assert job.unigram(counts, held_out) == pytest.approx(sum(singles) / len(singles))
+    assert job.bigram(counts, held_out) == pytest.approx(sum(doubles) / len(doubles))
 
 
-def test_xz_compresses_each_text_by_itself() -> None:
+def test_xz_compresses_each_file_by_itself_and_no_more_than_it_is_asked_to(tmp_path: Path) -> None:
     noise, zeros = np.random.default_rng(0).bytes(4000), bytes(4000)
-    assert job.xz([Text("a", zeros)]) < 0.3
-    assert job.xz([Text("a", noise), Text("b", noise)]) > 8
+    files = write(tmp_path, zeros, noise, noise, noise)
+    assert job.xz(files[:1], 1 << 20) < 0.3
+    assert job.xz(files[1:3], 1 << 20) > 8
+    assert job.xz(files, 4000) == job.xz(files[:1], 1 << 20), "one in four"
+    assert job.xz(files[:1], 1000) == job.xz([files[0]._replace(stop=1000)], 1 << 20)
+
+
+def test_the_report_says_where_it_compares_with_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Text(write(tmp_path, bytes(3 << 20)), 1024)
+    result: Any = SimpleNamespace(metrics={"validation/bits_per_byte": 1.0, "weights_digest": "0"})
+    made = job.Job(argparse.Namespace(sample=0), SHAPE, text, text, text.spread(1))
+    job.report(made, job.baselines(made), result)
+    assert "sample" not in capsys.readouterr().out
+    monkeypatch.setattr(job, "COUNTED_BYTES", 2 << 20)
+    monkeypatch.setattr(job, "PACKED_BYTES", 1 << 20)
+    job.report(made, job.baselines(made), result)
+    printed = capsys.readouterr().out
+    assert "Frequencies are those in a sample of 2 MiB.\nxz was given a sample of 1 MiB.\n" in printed
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -274,6 +367,24 @@ def test_a_size_is_what_it_says_unless_overridden(tmp_path: Path) -> None:
     other = job.parse([folder, "--layers", "1", "--context", "32", "--batch", "10", "--epochs", "3"])
     assert other.shape == Shape(layers=1, width=tiny.shape.width, context=32)
     assert other.steps == 3 * math.ceil(len(other.train) / 10)
+
+
+# -- on a cluster: the tests above start none ------------------------------------------------------------------------
+
+
+def test_training_gets_every_row_of_many_files_once_an_epoch_bit_by_bit(cluster: None, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    text = Text(write(tmp_path, *(numbers.bytes(size) for size in numbers.integers(1, 40_000, 150))), 256)
+    assert text.units == 3
+    fed = feed(job.stream(text), TrainConfig(128, virtual_workers=2, epochs=1, shuffle_window=4096))
+    assert fed.feed.schedule.rows == len(text), "known before anything is read"
+    steps = []
+    for tables in fed.steps():
+        steps.append(np.concatenate([job.collate(table, torch.Generator()).numpy() for table in tables]))
+    fed.feed.close()
+    found, expected = np.concatenate(steps).astype(np.uint8), text.rows(0, len(text))
+    assert found.tolist() != expected.tolist()
+    assert sorted(map(bytes, found)) == sorted(map(bytes, expected))
 
 
 def test_one_run_from_text_to_report(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
