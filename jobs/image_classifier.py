@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 import urllib.request
@@ -247,17 +246,18 @@ def prepare(files: Mapping[str, bytes], cache: Path) -> Path:
         return folder
     parts = {"train": read_images(files, "train"), "test": read_images(files, "t10k")}
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as unfinished:
             made = Path(unfinished) / "made"
             for name, part in parts.items():
                 write_shards(part, made / name)
             (made / MANIFEST).write_text(json.dumps(digests(made)))
-            made.replace(folder)
+            if not is_whole(folder):  # else another process has made it meanwhile
+                if folder.exists():  # damaged
+                    folder.replace(Path(unfinished) / "damaged")
+                made.replace(folder)
     except OSError as error:
-        if not is_whole(folder):  # else another process has made it meanwhile
-            raise ValueError(f"{cache}: {error.strerror}; name a folder that can be written: --cache FOLDER") from None
+        raise ValueError(f"{cache}: {error.strerror}; name a folder that can be written: --cache FOLDER") from None
     return folder
 
 
@@ -302,10 +302,10 @@ def as_table(images: Images) -> pa.Table:
 
 def as_images(rows: pa.Table) -> Images:
     """Rows as images, without a copy where the table is of one piece. They can only be read."""
-    column, labels = rows["image"].combine_chunks(), rows["label"].combine_chunks()
-    width = SIDE * SIDE
-    pixels = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
-    return Images(pixels.reshape(len(column), SIDE, SIDE), labels.to_numpy())
+    column, width = rows["image"], SIDE * SIDE
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies even one
+    pixels = np.frombuffer(whole.buffers()[1], np.uint8, len(whole) * width, whole.offset * width)
+    return Images(pixels.reshape(len(whole), SIDE, SIDE), rows["label"].to_numpy())
 
 
 def augment(rows: pa.Table) -> pa.Table:
