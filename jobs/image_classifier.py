@@ -25,6 +25,7 @@ import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,20 +52,16 @@ CLASSES = 10  # T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker,
 
 
 class Convolution(nn.Module):
-    """3 × 3 convolution, the largest of each 2 × 2 if asked for, batch normalisation, ReLU."""
+    """3 × 3 convolution, batch normalisation, ReLU."""
 
-    def __init__(self, before: int, after: int, pool: bool = False):
+    def __init__(self, before: int, after: int):
         super().__init__()
         self.filters = nn.Conv2d(before, after, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(after)
-        self.pool = pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, before, side, side) -> (rows, after, side, side), or half the side."""
-        x = self.filters(x)
-        if self.pool:
-            x = F.max_pool2d(x, 2)
-        return F.relu(self.norm(x))
+        """(rows, before, side, side) -> (rows, after, side, side)."""
+        return F.relu(self.norm(self.filters(x)))
 
 
 class Residual(nn.Module):
@@ -81,19 +78,15 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A convolutional network of so many filters at full size, at half of it, and at a quarter."""
+    """A convolution at full size, then one and a residual block at each half of the size before."""
 
-    def __init__(self, widths: tuple[int, int, int]):
+    def __init__(self, widths: Sequence[int]):
         super().__init__()
-        full, half, quarter = widths
-        self.body = nn.Sequential(
-            Convolution(1, full, pool=True),
-            Convolution(full, half),
-            Residual(half),
-            Convolution(half, quarter, pool=True),
-            Residual(quarter),
-        )
-        self.head = nn.Linear(quarter, CLASSES)
+        layers: list[nn.Module] = [Convolution(1, widths[0])]
+        for before, after in pairwise(widths):
+            layers += [nn.MaxPool2d(2), Convolution(before, after), Residual(after)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], CLASSES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (rows, 28, 28, 1) -> logits (rows, 10)."""
@@ -429,7 +422,7 @@ def one_hot(labels: Bytes) -> NDArray[np.float32]:
 class Size(NamedTuple):
     """What ``--size`` stands for."""
 
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     batch: int
     virtual_workers: int
     epochs: int
@@ -437,9 +430,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size((8, 16, 32), batch=128, virtual_workers=4, epochs=2, lr=0.2),
-    "small": Size((16, 32, 64), batch=128, virtual_workers=4, epochs=8, lr=0.2),
-    "medium": Size((32, 64, 128), batch=128, virtual_workers=4, epochs=24, lr=0.2),
+    "tiny": Size((8, 16, 32), batch=256, virtual_workers=4, epochs=2, lr=0.2),
+    "small": Size((16, 32, 64), batch=256, virtual_workers=4, epochs=10, lr=0.2),
+    "medium": Size((16, 32, 64, 128), batch=256, virtual_workers=4, epochs=30, lr=0.2),
 }
 
 
@@ -498,7 +491,7 @@ class Job(NamedTuple):
     """The checked flags and the data they name."""
 
     flags: argparse.Namespace
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     folder: Path
     train: Images
     test: Images
