@@ -432,7 +432,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size((8, 16, 32), batch=256, virtual_workers=4, epochs=2, lr=0.2),
     "small": Size((16, 32, 64), batch=256, virtual_workers=4, epochs=10, lr=0.2),
-    "medium": Size((16, 32, 64, 128), batch=256, virtual_workers=4, epochs=30, lr=0.2),
+    "medium": Size((16, 32, 64, 128), batch=256, virtual_workers=4, epochs=16, lr=0.2),
 }
 
 
