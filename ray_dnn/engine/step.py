@@ -136,7 +136,7 @@ class Engine:
             AbandonedError: the generation is over.
         """
         with self.marks.during(Phase.SUPPLY):
-            return self.together(lambda: self.contributor.source.wait(step, self.mesh.check))
+            return self.together(lambda: self.contributor.source.wait(step, lambda: self.mesh.check()))
 
     def advance(self, held: int) -> StepReport | None:
         """Compute, combine and commit one phase of the present step. Returns the report when the step is complete.
