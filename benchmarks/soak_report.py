@@ -50,7 +50,7 @@ def uneven(ledger: Ledger) -> str | None:
     counts: dict[int, list[int]] = {}
     for use in ledger.uses():  # raises where other rows were used than the job says
         counts.setdefault(use.epoch, []).extend(use.row_ids.tolist())
-    rows, last = ledger.head.order.rows, max(counts)
+    rows, last = ledger.rows, max(counts)
     for epoch, used in counts.items():
         if len(set(used)) != len(used) or (epoch < last and len(used) != rows):
             return f"epoch {epoch} used {len(set(used))} of {rows} rows in {len(used)} places"

@@ -28,6 +28,7 @@ _FADING = 0.98  # with every answer, of how slow earlier ones were
 _AGAIN_S = 1.0  # before a watcher that died is started again; then ever more rarely
 _AGAIN_MAX_S = 60.0
 _UNSEEN_S = 5.0  # before an agent that cannot be watched is worth a word; a dead one is gone by then
+_END_S = 5.0  # that the end of watchers is waited for
 _CALLS = 3  # at the same time in a watcher: one looks, the others are short
 
 _logger = logging.getLogger("ray_dnn")
@@ -122,10 +123,13 @@ class Guard:
         return agent.sight.status.text() if agent is not None and agent.sight is not None else None
 
     def close(self) -> None:
-        """End the watchers. Nothing is told any more."""
+        """End the watchers and wait until Ray has seen them dead. Nothing is told any more."""
         self._closed = True
+        watchers = [node.watcher for node in self._nodes.values() if node.watcher is not None]
         for node in self._nodes.values():
             self._end(node)
+        if last := [watcher.hurry.remote() for watcher in watchers]:
+            ray.wait(last, num_returns=len(last), timeout=_END_S)  # one on a silent node may take longer
 
     # -- watchers ----------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ def test_a_dataset_of_several_times_the_store_streams_through_it(wide: Path) -> 
             seen += step
             assert not spilled()
         assert sorted(seen) == list(range(20_000))
-        with pytest.raises(ValueError, match=r"rows of 16\.\d kB .* 0.13 GB. Lower TrainConfig\(shuffle_window"):
+        with pytest.raises(ValueError, match=r"16\.\d kB a row: .* has 0.13 GB, .* 25%. Lower"):
             list(steps_of(wide, TrainConfig(200, virtual_workers=4, epochs=1)))
         with pytest.raises(ValueError, match=r"Use TrainConfig\(shuffle='windowed'\)"):
             list(steps_of(wide, TrainConfig(200, virtual_workers=4, epochs=1, shuffle="global")))

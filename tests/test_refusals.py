@@ -38,7 +38,7 @@ SPEC: dict[str, Any] = {"model": build_model, "optimizer": build_optimizer, "los
         ("steps", 5, "give exactly one of them"),
         ("epochs", None, "give exactly one of them"),
         ("precision", "fp8", "must be one of 'fp32', 'bf16', 'fp16'"),
-        ("shuffle", "maybe", "must be one of 'none', 'windowed', 'global'"),
+        ("shuffle", "maybe", "must be one of 'auto', 'none', 'windowed', 'global'"),
         ("nonfinite", "hope", "must be one of 'stop', 'skip'"),
         ("cpu_isa", "sse", "must be one of"),
         ("clip_norm", 0.0, "must be a finite number above 0"),

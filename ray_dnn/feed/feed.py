@@ -20,7 +20,7 @@ from ray_dnn.sampler import Epoch, RowOrder, Schedule, split_evenly
 
 _AHEAD = 4  # portions that wait for the one that is used
 _PORTION_STEPS = 1024
-_WINDOW_SHARE, _HELD_SHARE = 0.4, 0.8  # of the object store: for one window, for a dataset that is shuffled globally
+_WINDOW_SHARE, _HELD_SHARE = 0.25, 0.8  # of the object store: for one window, for a dataset that is shuffled globally
 
 
 @dataclass(frozen=True)
@@ -220,18 +220,21 @@ class Feed:
             self._hears.news(News(steps=self.schedule.total_steps))
 
     def _check_room(self, window: _Window) -> None:
-        size = window.size
-        share = _HELD_SHARE if self._order.shuffle == "global" else _WINDOW_SHARE
+        """Refuse rows that have to be in the object store together and do not fit."""
+        row_bytes, order = self._train.row_bytes, self._order
+        if order.shuffle == "none" or not window.size:
+            return
+        if order.shuffle == "global":
+            size, share = max(window.size, row_bytes * (self.schedule.rows or 0)), _HELD_SHARE
+            how = "Use TrainConfig(shuffle='windowed')."
+        else:
+            size, share = row_bytes * min(order.window, self.schedule.rows or order.window), _WINDOW_SHARE
+            how = f"Lower TrainConfig(shuffle_window={order.window})."
         if size > share * self._room.all:
-            how = (
-                "Use TrainConfig(shuffle='windowed')."
-                if self._order.shuffle == "global"
-                else f"Lower TrainConfig(shuffle_window={self._order.window})."
-            )
             raise ConfigError(
-                f"datasets['train']: rows of {self._train.row_bytes / 1e3:.1f} kB that have to be there together to be "
-                f"shuffled take {size / 1e9:.2f} GB, and more are to come; the cluster's object store has "
-                f"{self._room.all / 1e9:.2f} GB. {how}"
+                f"datasets['train']: {row_bytes / 1e3:.1f} kB a row: rows that have to be together to be shuffled take "
+                f"{size / 1e9:.2f} GB or more; the cluster's object store has {self._room.all / 1e9:.2f} GB, of which "
+                f"they may take {share:.0%}. {how}"
             )
 
     def _deal(self, epoch: int, step: int, last: int, stream: Epoch, window: _Window) -> Portion:

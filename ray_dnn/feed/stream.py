@@ -155,7 +155,8 @@ class Reader:
                     self._end(stream, entry.unit, rows)
                     rows, ended = 0, ended + 1
             shipped = sum(entry.rows for entry in reads)
-            self._bytes, self._rows = self._bytes + size, self._rows + shipped
+            if size:  # not only counted
+                self._bytes, self._rows = self._bytes + size, self._rows + shipped
             yield [Lot(table, 0, shipped, None, size)] if size else []
         self._units += len(numbers)
 
