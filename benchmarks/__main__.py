@@ -15,7 +15,7 @@ from importlib import import_module
 from benchmarks import pages, results
 from benchmarks.tables import Table
 
-NAMES = ("step", "memory", "exchange", "driver", "start", "membership", "recovery", "shuffle")  # as the page has them
+NAMES = ("step", "memory", "exchange", "driver", "start", "feed", "shuffle", "membership", "recovery")  # as on the page
 
 
 def main(given: Sequence[str] | None = None) -> None:

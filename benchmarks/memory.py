@@ -40,23 +40,23 @@ class Peak:
     """The most memory that this process has had since the constructor was called."""
 
     def __init__(self) -> None:
-        self._before = self._most = _kib("status", "RssAnon")
-        self._shared = _kib("smaps_rollup", "Pss_Shmem")
+        self._before = self._most = kib("status", "RssAnon")
+        self._shared = kib("smaps_rollup", "Pss_Shmem")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self._most = max(self._most, _kib("status", "RssAnon"))
+            self._most = max(self._most, kib("status", "RssAnon"))
             time.sleep(_LOOK_S)
 
     def write(self, folder: str) -> None:
         """Write down how many bytes it is by now."""
-        shared = _kib("smaps_rollup", "Pss_Shmem") - self._shared  # too slow to be looked at all the time
+        shared = kib("smaps_rollup", "Pss_Shmem") - self._shared  # too slow to be looked at all the time
         text = json.dumps(1024 * (self._most - self._before + shared))
         (Path(folder) / f"{os.getpid()}.json").write_text(text)
 
 
-def _kib(file: str, name: str) -> int:
+def kib(file: str, name: str) -> int:
     """A number of this process's files below /proc."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/self/{file}").read_text(), re.MULTILINE)
     assert found is not None

@@ -15,9 +15,19 @@ ROWS, INPUTS = 4096, 64
 
 
 @contextlib.contextmanager
-def cluster(cpus: int = 8) -> Iterator[None]:
-    """A Ray cluster of one node, quiet, and gone afterwards. More logical CPUs than there are cores are no harm."""
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+def cluster(cpus: int = 8, store: int | None = None) -> Iterator[None]:
+    """A Ray cluster of one node, quiet, and gone afterwards. More logical CPUs than there are cores are no harm.
+
+    ``store``: bytes of its object store; None: as many as Ray takes by itself.
+    """
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        object_store_memory=store,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     try:
         yield
     finally:
