@@ -46,7 +46,7 @@ class Fed:
     @property
     def rows_read(self) -> int:
         """Rows that tasks have read so far, the ones that were only counted included."""
-        return self.feed._train._rows
+        return self.feed._train.read
 
     def _check(self) -> None:
         if self.failures:

@@ -278,7 +278,7 @@ def test_rows_that_were_counted_before_are_not_read_again(files: Path) -> None:
     known = feed(kept, config, 18, first.counted)
     assert [[t.column(NUMBERS).to_pylist() for t in tables] for tables in known.steps(18)] == whole[18:]
     assert known.said == []
-    read = known.feed._train._rows
+    read = known.feed._train.read
     for fed in (unknown, known):
         fed.feed.close()
     assert read <= 337 - 18 * 16 + 32 + 27  # what is left, a window, and a unit

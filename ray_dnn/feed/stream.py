@@ -49,6 +49,7 @@ class Reader:
     Attributes:
         counts: rows of units, as far as they are known.
         row_bytes: of an average row.
+        read: rows, those that were only counted too.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Reader:
             self.counts |= {unit: int(rows) for unit, rows in enumerate(source.counts)}
         self._seed, self._room, self._say, self._wanted = seed, room, say, wanted
         self._reference: Any = ray.put(source)
-        self._bytes = self._units = self._rows = 0  # read so far
+        self._bytes = self._units = self._rows = 0  # that were shipped so far
+        self.read = 0
         cpus = ray.cluster_resources().get("CPU", 1)
         self._at_once = max(2, min(64, int(cpus) // 2))
 
@@ -155,6 +157,7 @@ class Reader:
                     self._end(stream, entry.unit, rows)
                     rows, ended = 0, ended + 1
             shipped = sum(entry.rows for entry in reads)
+            self.read += shipped
             if size:  # not only counted
                 self._bytes, self._rows = self._bytes + size, self._rows + shipped
             yield [Lot(table, 0, shipped, None, size)] if size else []
