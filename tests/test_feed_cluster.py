@@ -92,7 +92,8 @@ def outcome(result: Result) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with cluster_of(8, 100 * MIB):
+    """By two agents that hold both CPUs of their cluster."""
+    with cluster_of(2, 100 * MIB):
         result = trainer(tmp_path_factory.mktemp("undisturbed"), rows, 2).fit()
         assert_every_row_once(result)
         return outcome(result)
@@ -105,12 +106,11 @@ def assert_every_row_once(result: Result) -> None:
         assert ledger.counts(epoch).tolist() == [1] * 600
 
 
-@pytest.mark.parametrize(("cpus", "agents"), [(1, 1), (2, 2)])
 def test_agents_that_hold_all_cpus_do_not_starve_those_who_read(
-    rows: Path, tmp_path: Path, undisturbed: dict[str, Any], cpus: int, agents: int
+    rows: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    with cluster_of(cpus, 100 * MIB):
-        result = trainer(tmp_path, rows, agents).fit()
+    with cluster_of(1, 100 * MIB):
+        result = trainer(tmp_path, rows, 1).fit()
         assert outcome(result) == undisturbed
         assert_every_row_once(result)
 
@@ -138,10 +138,10 @@ WIDE = 16_000  # bytes of a row
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 MB of Parquet, in files of five row groups."""
+    """192 MB of Parquet, in files of five row groups."""
     folder = tmp_path_factory.mktemp("wide")
     rng = np.random.default_rng(3)
-    for number in range(20):
+    for number in range(12):
         data = pa.py_buffer(rng.bytes(1000 * WIDE))
         column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(WIDE), 1000, [None, data])
         ids = pa.array(np.arange(number * 1000, (number + 1) * 1000))
@@ -168,13 +168,13 @@ def spilled() -> list[Path]:
 
 def test_a_dataset_of_several_times_the_store_streams_through_it(wide: Path) -> None:
     config = TrainConfig(200, virtual_workers=4, epochs=1, shuffle_window=1000)
-    with cluster_of(2, 120 * MIB):
+    with cluster_of(2, 80 * MIB):
         seen = []
         for step in steps_of(wide, config):
             seen += step
             assert not spilled()
-        assert sorted(seen) == list(range(20_000))
-        with pytest.raises(ValueError, match=r"16\.\d kB a row: .* has 0.13 GB, .* 25%. Lower"):
+        assert sorted(seen) == list(range(12_000))
+        with pytest.raises(ValueError, match=r"16\.\d kB a row: .* has 0.08 GB, .* 25%. Lower"):
             list(steps_of(wide, TrainConfig(200, virtual_workers=4, epochs=1)))
         with pytest.raises(ValueError, match=r"Use TrainConfig\(shuffle='windowed'\)"):
             list(steps_of(wide, TrainConfig(200, virtual_workers=4, epochs=1, shuffle="global")))
@@ -188,6 +188,6 @@ def test_blocks_of_a_node_that_dies_are_made_again(wide: Path) -> None:
         seen = []
         for step in steps_of(wide, config):
             seen.append(step)
-            if len(seen) == 30:
+            if len(seen) == 20:
                 os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         assert seen == undisturbed

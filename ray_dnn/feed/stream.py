@@ -161,7 +161,7 @@ class Reader:
             if size:  # not only counted
                 self._bytes, self._rows = self._bytes + size, self._rows + shipped
             yield [Lot(table, 0, shipped, None, size)] if size else []
-        self._units += len(numbers)
+        self._units += len(numbers) if self._bytes else 0
 
     def _await(self, task: Any, name: str) -> None:
         began, said = time.monotonic(), _SAY_S
