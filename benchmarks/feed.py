@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import ray
 from ray.data.expressions import col
 
 from benchmarks import small
-from benchmarks.feed_alone import WORKERS, feeding
+from benchmarks.feed_alone import feed
 from benchmarks.feed_epochs import AGENTS, OURS, OURS_SHUFFLED, THEIRS, THEIRS_SHUFFLED, Side, measure
 from benchmarks.feed_jobs import FILES, SHAPES, Shape, tensors
 from benchmarks.feed_memory import LOOK_S, Peaks, peaks
@@ -39,7 +40,7 @@ _COMPARED = ((OURS, THEIRS), (OURS_SHUFFLED, THEIRS), (OURS_SHUFFLED, THEIRS_SHU
 
 def _numbers(batch: int, window: int = 65_536) -> TrainConfig:
     """One epoch, shuffled as by default."""
-    return TrainConfig(batch, virtual_workers=WORKERS, epochs=1, shuffle_window=window)
+    return TrainConfig(batch, virtual_workers=AGENTS, epochs=1, shuffle_window=window)
 
 
 # -- epochs ----------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def _epochs(shape: Shape, found: Mapping[Side, Sequence[float]]) -> Iterator[tup
 
 def _ours_first(data: Any, rows: int) -> float:
     began = time.perf_counter()
-    with feeding(data, _numbers(rows)) as fed:
+    with closing(feed(data, _numbers(rows))) as fed:
         next(fed.batches())
         return time.perf_counter() - began
 
@@ -141,7 +142,7 @@ class Pass(NamedTuple):
 
 def _read(data: Any, batch: int, first_step: int = 0, counts: Mapping[int, int] | None = None) -> Pass:
     began = time.perf_counter()
-    with feeding(data, _numbers(batch), first_step, counts) as fed:
+    with closing(feed(data, _numbers(batch), first_step, counts)) as fed:
         steps = sum(1 for _ in fed.batches())
         return Pass(time.perf_counter() - began, steps, fed.rows_read, fed.counts)
 
@@ -183,7 +184,7 @@ def _write_large(folder: str) -> None:
 
 
 def _stream_ours(data: Any) -> Iterable[Any]:
-    with feeding(data, _numbers(LARGE_BATCH, LARGE_WINDOW)) as fed:
+    with closing(feed(data, _numbers(LARGE_BATCH, LARGE_WINDOW))) as fed:
         yield from fed.batches()
 
 

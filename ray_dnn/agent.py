@@ -218,6 +218,7 @@ class Agent:
         self.marks = Marks(self._memory.write)
         if faults:
             faults.arm(self)
+        self._supply = Supply()
         self._holds = False  # whether it has committed state: founders, and newcomers once they have copied it
         self._settled = 0  # decisions up to this number are carried out, but for those that the generation named
         self._commands: dict[int, Command] = {}  # by number: decisions that are not carried out
@@ -226,7 +227,6 @@ class Agent:
         self._newest = 0  # the newest generation heard of; older ones are over
         self._queued: Future[Ended] | None = None  # the newest generation, until its turn comes
         self._follower: Follower | None = None  # of a newcomer that was told to follow a member
-        self._supply = Supply()
         self._changed = threading.Condition()  # guards the seven above
         self._heard = True  # whether the driver has said something since the last look
         threading.Thread(target=self._end_when_forgotten, name="ray_dnn-lease", daemon=True).start()

@@ -162,8 +162,7 @@ class Driver:
         """There are more rows, or more is known about them."""
         self._recorder.schedule = self._feed.schedule
         for replica in self._fleet.replicas.values():
-            for agent in replica.agents:
-                agent.supply.remote(news)
+            _supply(replica, news)
 
     def _on_feed_failed(self, error: Exception) -> None:
         self.outcome.cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
@@ -171,9 +170,7 @@ class Driver:
 
     def on_opened(self, replica: Replica) -> None:
         """A replica's agents are there, and know nothing yet."""
-        news = self._feed.news()
-        for agent in replica.agents:
-            agent.supply.remote(news)
+        _supply(replica, self._feed.news())
 
     def _first_size(self) -> int:
         return self._script.size or self._size.minimum
@@ -580,3 +577,8 @@ class Driver:
         self.outcome.metrics = self._recorder.final(self._admission.exact)
         self.outcome.history = self._recorder.history
         self._recorder.close()
+
+
+def _supply(replica: Replica, news: News) -> None:
+    for agent in replica.agents:
+        agent.supply.remote(news)

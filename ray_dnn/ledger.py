@@ -130,7 +130,8 @@ class Ledger:
         """How often each row was used in an epoch, by place in the dataset. Shape: (rows of all units counted,)."""
         units = np.array(sorted(self.units), np.int64)
         sizes = np.array([self.units[int(unit)] for unit in units], np.int64)
-        firsts = np.array([self._numbering().first(int(unit)) for unit in units], np.int64)
+        numbering = self._numbering()
+        firsts = np.array([numbering.first(int(unit)) for unit in units], np.int64)
         counts = np.zeros(int(sizes.sum()), np.int64)
         starts = np.cumsum(sizes) - sizes
         for use in self.uses():

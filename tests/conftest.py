@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,22 +59,46 @@ def wait_for_exit(before: set[int], seconds: float) -> dict[int, str]:
     return left
 
 
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Whatever processes begin inside must be gone soon afterwards."""
+    before = set(our_processes())
+    yield
+    left = wait_for_exit(before, seconds=10)
+    for pid in left:  # reported below, but not handed on to the tests that follow
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, f"processes are left behind: {left}"
+
+
+@contextlib.contextmanager
+def nodes(**head: Any) -> Iterator[Any]:
+    """A cluster of one node, to which others may be added; gone without a trace afterwards."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with nothing_left():
+        cluster = Cluster()
+        cluster.add_node(include_dashboard=False, **head)
+        ray.init(address=cluster.address)
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray cluster of one node with 16 logical CPUs, for all tests of a module; gone without a trace afterwards."""
     import ray
 
-    before = set(our_processes())
-    ray.init(
-        address="local",  # always a new one, whatever else runs on this machine
-        num_cpus=16,
-        object_store_memory=300 * 2**20,
-        include_dashboard=False,
-    )
-    yield
-    ray.shutdown()
-    left = wait_for_exit(before, seconds=10)
-    for pid in left:  # reported below, but not handed on to the tests that follow
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert not left, f"this module left processes behind: {left}"
+    with nothing_left():
+        ray.init(
+            address="local",  # always a new one, whatever else runs on this machine
+            num_cpus=16,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+        )
+        yield
+        ray.shutdown()

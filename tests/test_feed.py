@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from feeding import alive, column, feed, numbers
+from feeding import alive, column, numbers
 
+from benchmarks.feed_alone import feed
 from ray_dnn.config import TrainConfig
 from ray_dnn.errors import ConfigError, DataError, UserCodeError
 from ray_dnn.feed.collate import default_collate
@@ -55,7 +56,7 @@ def test_every_row_comes_once_an_epoch_with_its_own_number(files: Path, shuffle:
     for tables in fed.steps():
         ids += [i for table in tables for i in table.column("id").to_pylist()]
         found += [i for table in tables for i in table.column(NUMBERS).to_pylist()]
-    fed.feed.close()
+    fed.close()
     assert ids == found  # the row's number is its place in the dataset
     assert sorted(ids[:1010]) == sorted(ids[1010:]) == list(range(1010))
     assert (ids[:1010] == ids[1010:]) == (shuffle == "none")
@@ -81,7 +82,7 @@ def test_workers_share_each_batch_evenly_and_local_steps_have_batches_of_their_o
     for step, tables in enumerate(fed.steps()):
         counts.append([fed.supply.counts(step, worker) for worker in range(3)])
         assert [table.num_rows for table in tables] == [sum(c) for c in counts[-1]]
-    fed.feed.close()
+    fed.close()
     assert counts[:-1] == [[(22, 22), (21, 21), (21, 21)]] * 7
     assert counts[-1] == [[(22, 17), (21, 17), (21, 16)]][0]
 
@@ -97,8 +98,8 @@ def test_a_filter_of_unknown_selectivity_makes_an_epoch_as_long_as_it_is(files: 
     assert sorted(flat(ids[:6])) == sorted(flat(ids[6:])) == expected
     counted = feed(kept, CONFIG)
     assert len(list(counted.steps())) == 12
-    counted.feed.close()
-    assert sum(counted.counted.values()) == len(expected)
+    counted.close()
+    assert sum(counted.counts.values()) == len(expected)
 
 
 def test_steps_may_end_a_job_before_it_is_known_how_long_an_epoch_is(files: Path) -> None:
@@ -151,7 +152,7 @@ def test_random_transforms_draw_the_same_numbers_wherever_and_whenever_they_run(
     runs = [feed(made, TrainConfig(64, epochs=2, virtual_workers=1)) for _ in range(2)]
     drawn = [[tuple(t.select(["id", "n", "p", "t"]).to_pydict().values()) for (t,) in run.steps()] for run in runs]
     for run in runs:
-        run.feed.close()
+        run.close()
     assert drawn[0] == drawn[1]
     for index in (1, 2, 3):
         by_id = [sorted(zip(step[0], step[index], strict=True)) for step in drawn[0]]
@@ -192,8 +193,8 @@ def test_images_and_ragged_columns(tmp_path: Path) -> None:
     assert sorted(len(found) for found in flat(column(ragged, config, "list"))) == list(range(30))
     tensors = ray.data.from_numpy(np.arange(240, dtype=np.float32).reshape(40, 2, 3))
     fed = feed(tensors, TrainConfig(16, epochs=1, virtual_workers=1, shuffle="none"))
-    rows = [default_collate(t.drop_columns([NUMBERS]), torch.Generator())["data"] for (t,) in fed.steps()]
-    fed.feed.close()
+    rows = [batch["data"] for (batch,) in fed.batches()]
+    fed.close()
     assert torch.equal(torch.cat(rows).reshape(-1), torch.arange(240.0))
 
 
@@ -217,8 +218,8 @@ def test_map_style_datasets_give_batches_of_their_samples_form(form: str) -> Non
     runs = []
     for _ in range(2):
         fed = feed(Squares(form), config)
-        runs.append([default_collate(t.drop_columns([NUMBERS]), torch.Generator()) for (t,) in fed.steps()])
-        fed.feed.close()
+        runs.append([batch for (batch,) in fed.batches()])
+        fed.close()
     parts = {"dict": lambda b: list(b.values()), "tuple": list, "one": lambda b: [b]}[form]
     for one, other in zip(*runs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
@@ -271,16 +272,16 @@ def test_rows_that_were_counted_before_are_not_read_again(files: Path) -> None:
     config = TrainConfig(16, virtual_workers=3, epochs=1, shuffle_window=32)
     first = feed(kept, config)
     whole = [[t.column(NUMBERS).to_pylist() for t in tables] for tables in first.steps()]
-    first.feed.close()
+    first.close()
     unknown = feed(kept, config, 18)
-    assert [[t.column(NUMBERS).to_pylist() for t in tables] for tables in unknown.steps(18)] == whole[18:]
+    assert [[t.column(NUMBERS).to_pylist() for t in tables] for tables in unknown.steps()] == whole[18:]
     assert any("only to count them" in what for what in unknown.said)
-    known = feed(kept, config, 18, first.counted)
-    assert [[t.column(NUMBERS).to_pylist() for t in tables] for tables in known.steps(18)] == whole[18:]
+    known = feed(kept, config, 18, first.counts)
+    assert [[t.column(NUMBERS).to_pylist() for t in tables] for tables in known.steps()] == whole[18:]
     assert known.said == []
-    read = known.feed._train.read
+    read = known.rows_read
     for fed in (unknown, known):
-        fed.feed.close()
+        fed.close()
     assert read <= 337 - 18 * 16 + 32 + 27  # what is left, a window, and a unit
 
 
@@ -358,7 +359,7 @@ def test_a_feed_that_is_closed_in_the_middle_leaves_nothing_behind(files: Path) 
     fed = feed(parquet(files), CONFIG)
     next(iter(fed.steps()))
     assert alive()
-    fed.feed.close()
+    fed.close()
     assert not alive()
 
 
@@ -382,7 +383,7 @@ def test_rows_that_are_evaluated_come_in_their_order(files: Path) -> None:
     assert found == [i for i in range(1010) if i % 3 == 0]
     assert fed.supply.rows("held", 20, 90, fed.check).column("id").to_pylist() == list(range(20, 50))
     assert fed.supply.rows("held", 90, 95, fed.check).num_rows == 0
-    fed.feed.close()
+    fed.close()
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The feed on clusters that are small, full, or lose a node. Each test compares rows and bits with an easy life's."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from conftest import our_processes, wait_for_exit
-from feeding import feed
+from conftest import nodes
 from jobs_for_tests import CONFIG, SPEC, accuracy, table
-from ray.cluster_utils import Cluster
 from ray.train import Result, RunConfig, ScalingConfig
 
+from benchmarks.feed_alone import feed
 from ray_dnn import TrainConfig, Trainer, TrainSpec
 from ray_dnn.sampler import NUMBERS
 from ray_dnn.testing import Kill, Stop, fit_with_faults, read_ledger
@@ -31,23 +30,8 @@ QUICKLY = {  # a dead node is known to be dead after a second and a half
 }
 
 
-@contextlib.contextmanager
-def cluster_of(cpus: int, store: int) -> Iterator[Cluster]:
-    """A cluster of one node; others may be added. Gone without a trace afterwards."""
-    before = set(our_processes())
-    cluster = Cluster()
-    cluster.add_node(num_cpus=cpus, object_store_memory=store, include_dashboard=False, _system_config=QUICKLY)
-    ray.init(address=cluster.address)
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        left = wait_for_exit(before, seconds=10)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        assert not left, f"this test left processes behind: {left}"
+def cluster_of(cpus: int, store: int) -> AbstractContextManager[Any]:
+    return nodes(num_cpus=cpus, object_store_memory=store, _system_config=QUICKLY)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +141,7 @@ def steps_of(wide: Path, config: TrainConfig) -> Iterator[list[int]]:
         for tables in fed.steps():
             yield [number for t in tables for number in t.column(NUMBERS).to_pylist()]
     finally:
-        fed.feed.close()
+        fed.close()
 
 
 def spilled() -> list[Path]:

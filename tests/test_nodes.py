@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from conftest import our_processes, wait_for_exit
+from conftest import nodes, our_processes
 from jobs_for_tests import assert_every_row_once, digest, loss, slowly, trainer
-from ray.cluster_utils import Cluster
 
 from ray_dnn.events import AgentGone, AgentStarted, FirstStep, GenerationFormed, Progress
 from ray_dnn.liveness import Patience
@@ -22,18 +20,8 @@ from ray_dnn.testing import read_events
 @pytest.fixture(scope="module")
 def second_node() -> Iterator[Any]:
     """A cluster of two nodes with two CPUs each; gives the one on which the driver is not."""
-    before = set(our_processes())
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False)
-    ray.init(address=cluster.address)
-    yield cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
-    ray.shutdown()
-    cluster.shutdown()
-    left = wait_for_exit(before, seconds=10)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert not left, f"this module left processes behind: {left}"
+    with nodes(num_cpus=2, object_store_memory=200 * 2**20) as cluster:
+        yield cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
 
 
 def processes_of(node: Any) -> list[int]:

@@ -6,7 +6,6 @@ agent; the results are gathered and added in the order of the pieces in float64.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -84,8 +83,8 @@ class Evaluator:
     def _mine(self, name: str, mesh: Mesh, marks: Marks, check: Check) -> dict[int, Pairs]:
         """What the pieces of this agent give, by piece."""
         found: dict[int, Pairs] = {}
-        for run in itertools.count(mesh.rank, mesh.size):
-            first = run * self._run
+        first = mesh.rank * self._run
+        while True:
             with marks.during(Phase.SUPPLY):
                 table = self._source.rows(name, first * self._piece, (first + self._run) * self._piece, check)
             for index in range(-(-table.num_rows // self._piece)):
@@ -93,7 +92,7 @@ class Evaluator:
                 found[first + index] = self._compute(name, piece, first + index)
             if table.num_rows < self._run * self._piece:
                 return found
-        raise AssertionError("unreachable")
+            first += mesh.size * self._run
 
     def _compute(self, name: str, table: pa.Table, piece: int) -> Pairs:
         state = self._state

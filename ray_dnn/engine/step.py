@@ -103,6 +103,7 @@ class Engine:
         self._buffer_sums = state.buffers.layout.zeros(memory)
         self._checked = False  # whether the state was found to be movable after an update
         self._clock = _Clock()
+        self._had = -1  # the last step that the job was found to have
         self.joined: Joined | None = None
         self.leader = Leader(self)
 
@@ -135,8 +136,12 @@ class Engine:
         Raises:
             AbandonedError: the generation is over.
         """
-        with self.marks.during(Phase.SUPPLY):
-            return self.together(lambda: self.contributor.source.wait(step, lambda: self.mesh.check()))
+        if step != self._had:
+            with self.marks.during(Phase.SUPPLY):
+                if not self.together(lambda: self.contributor.source.wait(step, lambda: self.mesh.check())):
+                    return False
+            self._had = step
+        return True
 
     def advance(self, held: int) -> StepReport | None:
         """Compute, combine and commit one phase of the present step. Returns the report when the step is complete.

@@ -9,7 +9,7 @@ rows. From there on:
    no CPUs, so agents that hold all of them do not starve them.
 2. **Stream.** The driver lines the blocks up and counts their rows (`stream`). It never sees a row.
 3. **Deal.** As soon as the rows of some consecutive steps are there, a task takes them into their order and deals them
-   out, a table to each virtual worker (`dealing`). The driver keeps two portions ahead of the steps (`feed`).
+   out, a table to each virtual worker (`dealing`). The driver keeps some portions ahead of the steps (`feed`).
 4. **Supply.** Agents hear of each portion, fetch the tables of the workers that they host, and cut batches from them
    without a copy (`supply`).
 

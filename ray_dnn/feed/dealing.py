@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,45 +11,9 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from ray_dnn.feed.raydata import as_table, concat
-from ray_dnn.sampler import NUMBERS, RowOrder
-
-
-@dataclass(frozen=True)
-class Lot:
-    """Consecutive rows of a stream, in the object store.
-
-    Attributes:
-        ref: to a block.
-        start, stop: which of its rows.
-        first: the number of the first one; None: the block holds their numbers.
-        size: bytes of them, as far as known.
-    """
-
-    ref: Any
-    start: int
-    stop: int
-    first: int | None = None
-    size: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start
-
-    def joined(self, other: Lot) -> Lot | None:
-        """This lot and the one that follows it as one, where they lie together and are numbered through."""
-        if self.first is None or self.ref != other.ref or self.stop != other.start:
-            return None
-        if self.first + self.rows != other.first:
-            return None
-        return replace(self, stop=other.stop)
-
-    def load(self) -> pa.Table:
-        """The rows, with their numbers."""
-        table = as_table(ray.get(self.ref)).slice(self.start, self.rows)
-        if self.first is None:
-            return table
-        return table.append_column(NUMBERS, pa.array(np.arange(self.first, self.first + self.rows, dtype=np.int64)))
+from ray_dnn.feed.raydata import concat
+from ray_dnn.feed.source import Lot
+from ray_dnn.sampler import RowOrder
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ray_dnn.errors import ConfigError
-from ray_dnn.feed.dealing import Deal, Lot, deal
-from ray_dnn.feed.source import Source
+from ray_dnn.feed.dealing import Deal, deal
+from ray_dnn.feed.source import Lot, Source
 from ray_dnn.feed.stream import Reader, Room, StoppedError, placement
 from ray_dnn.feed.supply import Evaluated, News, Portion
 from ray_dnn.sampler import Epoch, RowOrder, Schedule, split_evenly
@@ -70,7 +70,6 @@ class Feed:
         self._changed = threading.Condition()  # guards the four above
         self._room = Room.of_cluster()
         self._train = self._reader(sources["train"], counts or {})
-        self._told: set[int] = set(self._train.counts)  # units whose rows are known to everybody
         self._others = [self._reader(source, {}) for name, source in sources.items() if name != "train"]
         if schedule.rows is None and len(self._train.counts) == len(sources["train"].units):
             self.schedule = replace(schedule, rows=sum(self._train.counts.values()))
@@ -270,9 +269,8 @@ class Feed:
             self._go(self._read_others)
 
     def _tell_counts(self) -> None:
-        new = {unit: rows for unit, rows in self._train.counts.items() if unit not in self._told}
+        new, self._train.news = self._train.news, {}
         if new:
-            self._told |= set(new)
             self._hears.counted(new)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------

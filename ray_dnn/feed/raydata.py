@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from ray_dnn.errors import ConfigError
@@ -98,6 +97,7 @@ class _ParquetLeaf:
     """Row groups of Parquet files."""
 
     def __init__(self, operator: Any, listing: Any):
+        import pyarrow.parquet as pq  # which agents do without
         from ray.data._internal.datasource_v2.common.listing_utils import _build_pruners
 
         if listing.shuffle_config_factory() is not None:

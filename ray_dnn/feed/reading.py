@@ -16,9 +16,9 @@ import ray
 
 from ray_dnn.errors import DataError, RayDnnError, UserCodeError
 from ray_dnn.feed.raydata import as_table, concat
-from ray_dnn.feed.source import Source
+from ray_dnn.feed.source import Source, numbered
 from ray_dnn.portable import portable
-from ray_dnn.sampler import NUMBERS, derive_seed
+from ray_dnn.sampler import derive_seed
 
 _SOURCES = 4  # that a process keeps
 
@@ -124,8 +124,8 @@ def _unit(source: Source, number: int, first: int, order: Order) -> Iterator[pa.
     """A unit's rows, with their numbers."""
     tables = _seeded(source, number, derive_seed("transform", order.seed, source.name, order.epoch, number, bits=32))
     for block in tables:
-        table = as_table(block)
-        yield table.append_column(NUMBERS, pa.array(np.arange(first, first + table.num_rows, dtype=np.int64)))
+        table = numbered(as_table(block), first)
+        yield table
         first += table.num_rows
 
 
@@ -147,8 +147,7 @@ def _seeded(source: Source, number: int, seed: int) -> Iterator[Any]:
 
 
 def _blocks(source: Source, number: int) -> Iterator[Any]:
-    branch_number, index = source.units[number]
-    branch = source.branches[branch_number]
+    branch, (_, index) = source.branch(number), source.units[number]
     where = f"datasets[{source.name!r}], {source.unit(number).name}"
     blocks = _readable(branch.leaf.read(index), where)
     if branch.transform is None:

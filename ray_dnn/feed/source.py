@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import ray
 
-from ray_dnn.sampler import Rows
+from ray_dnn.sampler import NUMBERS, Rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,51 @@ class Leaf(Protocol):
         """A unit's rows, as blocks of Ray Data. Runs in a task."""
 
 
+def numbered(table: pa.Table, first: int) -> pa.Table:
+    """A table's rows with their numbers, which begin at ``first``."""
+    return table.append_column(NUMBERS, pa.array(np.arange(first, first + table.num_rows, dtype=np.int64)))
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Consecutive rows of a stream, in the object store.
+
+    Attributes:
+        ref: to a block.
+        start, stop: which of its rows.
+        first: the number of the first one; None: the block holds their numbers.
+        size: bytes of them, as far as known.
+    """
+
+    ref: Any
+    start: int
+    stop: int
+    first: int | None = None
+    size: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def joined(self, other: Lot) -> Lot | None:
+        """This lot and the one that follows it as one, where they lie together and are numbered through."""
+        if self.first is None or self.ref != other.ref or self.stop != other.start:
+            return None
+        if self.first + self.rows != other.first:
+            return None
+        return replace(self, stop=other.stop)
+
+    def load(self) -> pa.Table:
+        """The rows, with their numbers."""
+        return self.bare() if self.first is None else numbered(self.bare(), self.first)
+
+    def bare(self) -> pa.Table:
+        """The rows as they lie there."""
+        from ray_dnn.feed.raydata import as_table
+
+        return as_table(ray.get(self.ref)).slice(self.start, self.rows)
+
+
 @dataclass(frozen=True)
 class Branch:
     """A leaf and what is done with each of its units.
@@ -53,19 +100,10 @@ class Branch:
     counted: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Place:
-    """Rows that lie in the object store already.
-
-    Attributes:
-        ref: of a block.
-        start, stop: which of its rows.
-    """
-
-    ref: Any
-    start: int
-    stop: int
+    @property
+    def held(self) -> bool:
+        """Whether its rows are in the object store as they are."""
+        return self.transform is None and isinstance(self.leaf, Held)
 
 
 class Source:
@@ -95,7 +133,7 @@ class Source:
     @property
     def held(self) -> bool:
         """Whether all rows are in the object store as they are."""
-        return all(branch.transform is None and isinstance(branch.leaf, Held) for branch in self.branches)
+        return all(branch.held for branch in self.branches)
 
     @cached_property
     def row_bytes(self) -> float:
@@ -105,16 +143,17 @@ class Source:
         return sum(u.size for u in units) / rows if rows else 0.0
 
     def unit(self, number: int) -> Unit:
-        branch, index = self.units[number]
-        return self.branches[branch].leaf.units[index]
+        return self.branch(number).leaf.units[self.units[number][1]]
 
-    def places(self, number: int) -> list[Place] | None:
-        """Where a unit's rows lie, if they need not be read at all."""
-        branch, index = self.units[number]
-        leaf = self.branches[branch].leaf
-        if self.branches[branch].transform is None and isinstance(leaf, Held):
-            return leaf.places(index)
-        return None
+    def branch(self, number: int) -> Branch:
+        """The branch that a unit belongs to."""
+        return self.branches[self.units[number][0]]
+
+    def lots(self, number: int, first: int) -> list[Lot]:
+        """The rows of a unit of a branch that is held. ``first``: the number of the first one."""
+        leaf = self.branch(number).leaf
+        assert isinstance(leaf, Held)
+        return leaf.lots(self.units[number][1], first)
 
 
 class Held:
@@ -136,23 +175,19 @@ class Held:
             for end, size in zip(self._unit_ends, sizes, strict=True)
         ]
 
-    def places(self, index: int) -> list[Place]:
-        """Where a unit's rows lie."""
+    def lots(self, index: int, first: int = 0) -> list[Lot]:
+        """Where a unit's rows lie. ``first``: the number of the first one."""
         stop = int(self._unit_ends[index])
-        at = stop - (self.units[index].rows or 0)
+        begin = at = stop - (self.units[index].rows or 0)
         found = []
         while at < stop:
             block = int(np.searchsorted(self._ends, at, side="right"))
-            begin = int(self._ends[block - 1]) if block else 0
+            before = int(self._ends[block - 1]) if block else 0
             end = min(stop, int(self._ends[block]))
-            found.append(Place(self._refs[block], at - begin, end - begin))
+            found.append(Lot(self._refs[block], at - before, end - before, first + at - begin))
             at = end
         return found
 
     def read(self, index: int) -> Iterator[Any]:
-        import ray
-
-        from ray_dnn.feed.raydata import as_table
-
-        for place in self.places(index):
-            yield as_table(ray.get(place.ref)).slice(place.start, place.stop - place.start)
+        for lot in self.lots(index):
+            yield lot.bare()

@@ -13,9 +13,8 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dnn.errors import ConfigError, DataError
-from ray_dnn.feed.dealing import Lot
 from ray_dnn.feed.reading import Order, Read, ReadingError, read
-from ray_dnn.feed.source import Source
+from ray_dnn.feed.source import Lot, Source
 from ray_dnn.sampler import Epoch, Numbering
 
 _TASK_UNITS = 64  # that one task reads at most
@@ -48,6 +47,7 @@ class Reader:
 
     Attributes:
         counts: rows of units, as far as they are known.
+        news: those of them that nobody has been told of.
         row_bytes: of an average row.
         read: rows, those that were only counted too.
     """
@@ -66,6 +66,7 @@ class Reader:
         self.counts = dict(counts)
         if source.counts is not None:
             self.counts |= {unit: int(rows) for unit, rows in enumerate(source.counts)}
+        self.news: dict[int, int] = {}
         self._seed, self._room, self._say, self._wanted = seed, room, say, wanted
         self._reference: Any = ray.put(source)
         self._bytes = self._units = self._rows = 0  # that were shipped so far
@@ -105,15 +106,15 @@ class Reader:
                     ray.cancel(task, force=True)
 
     def _group(self, stream: Epoch, index: int) -> list[int]:
-        """The units that the next task reads: of one branch, and of one kind."""
-        first = int(stream.units[index])
+        """The units that the next task reads, all of one branch."""
+        branch = self.source.branch(stream.units[index])
         numbers: list[int] = []
         size = 0.0
-        for unit in stream.units[index : index + _TASK_UNITS]:
-            if numbers and (size >= self._room.task or self.source.units[unit][0] != self.source.units[first][0]):
+        for unit in map(int, stream.units[index : index + _TASK_UNITS]):
+            if numbers and (size >= self._room.task or self.source.branch(unit) is not branch):
                 break
-            numbers.append(int(unit))
-            size += self._size(int(unit))
+            numbers.append(unit)
+            size += self._size(unit)
         return numbers
 
     def _size(self, unit: int) -> float:
@@ -122,9 +123,10 @@ class Reader:
         return self.source.unit(unit).size or usual
 
     def _begin(self, numbers: list[int], epoch: int, ship: bool) -> Any:
-        if self.source.places(numbers[0]) is not None:
+        branch = self.source.branch(numbers[0])
+        if branch.held:
             return None
-        options = dict(self.source.branches[self.source.units[numbers[0]][0]].options)
+        options = dict(branch.options)
         if "label_selector" not in options:
             options |= placement(sum(self._size(unit) for unit in numbers))
         firsts = tuple(self.numbering.first(unit) for unit in numbers)
@@ -133,15 +135,14 @@ class Reader:
 
     def _held(self, stream: Epoch, numbers: list[int]) -> list[Lot]:
         """Take rows that need not be read."""
-        lots = []
+        found = []
         for unit in numbers:
-            first = begin = self.numbering.first(unit)
-            for place in self.source.places(unit) or []:
-                lots.append(Lot(place.ref, place.start, place.stop, begin))
-                stream.add(lots[-1].rows)
-                begin += lots[-1].rows
-            self._end(stream, unit, begin - first)
-        return lots
+            lots = self.source.lots(unit, self.numbering.first(unit))
+            rows = sum(lot.rows for lot in lots)
+            stream.add(rows)
+            self._end(stream, unit, rows)
+            found += lots
+        return found
 
     def _finish(self, stream: Epoch, numbers: list[int], task: Any) -> Generator[list[Lot], None, None]:
         """Take what a task gives, as it comes."""
@@ -182,8 +183,9 @@ class Reader:
         return answer
 
     def _end(self, stream: Epoch, unit: int, rows: int) -> None:
-        known = self.counts.setdefault(unit, rows)
-        if known != rows:
+        if unit not in self.counts:
+            self.counts[unit] = self.news[unit] = rows
+        elif (known := self.counts[unit]) != rows:
             raise ConfigError(
                 f"datasets[{self.source.name!r}], {self.source.unit(unit).name}: gave {rows} rows where {known} were "
                 "expected. Either a file has changed, a filter depends on more than its row, or a map_batches that "

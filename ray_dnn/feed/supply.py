@@ -15,8 +15,8 @@ import ray
 from numpy.typing import NDArray
 
 from ray_dnn.errors import DataError
-from ray_dnn.feed.dealing import Lot
 from ray_dnn.feed.raydata import concat
+from ray_dnn.feed.source import Lot
 from ray_dnn.sampler import NUMBERS
 
 _TICK_S = 0.5  # between two looks whether rows are still wanted
@@ -76,17 +76,16 @@ class _Dataset:
     lots: list[Lot] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     complete: bool = False
+    used: int = 0  # parts
 
     def add(self, part: Evaluated) -> None:
         self.parts[part.index] = part
-        while (following := self.parts.get(self._used)) is not None:
-            self._used += 1
+        while (following := self.parts.get(self.used)) is not None:
+            self.used += 1
             for lot in following.lots:
                 self.lots.append(lot)
                 self.ends.append((self.ends[-1] if self.ends else 0) + lot.rows)
             self.complete = following.complete
-
-    _used: int = 0  # parts
 
 
 class Supply:
