@@ -27,7 +27,7 @@ train: $(READY) ## Train a small language model; ARGS="--help" lists the options
 	@$(BIN)/python jobs/language_model.py $(ARGS)
 
 test: $(READY) ## Run the tests, two files at a time; ARGS go to pytest
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff check

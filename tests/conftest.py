@@ -32,6 +32,14 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 
+# Files that take long, the longest first: begun last, one of them would run alone while the others have ended.
+LONG = ("test_faults", "test_feed", "test_cluster", "test_docs", "test_strategies", "test_feed_cluster", "test_soak")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(RAY_DIR, ignore_errors=True)
 

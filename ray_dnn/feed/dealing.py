@@ -1,14 +1,11 @@
-"""Tasks that take rows into their order and deal them out to virtual workers."""
+"""Rows are taken into their order and dealt out to virtual workers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 
 from ray_dnn.feed.raydata import concat
@@ -55,10 +52,3 @@ class Deal:
         steps, batches, workers = self.counts.shape
         worker = np.repeat(np.tile(np.arange(workers), steps * batches), np.maximum(self.counts, 0).reshape(-1))
         return [taken.take(pa.array(at[worker == w])) for w in range(workers)]
-
-
-@ray.remote(num_cpus=0, max_retries=-1)
-def deal(what: Deal) -> Any:
-    """Deal out rows: one table for each virtual worker."""
-    tables: Sequence[pa.Table] = what.tables()
-    return tables[0] if len(tables) == 1 else tuple(tables)

@@ -7,14 +7,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+import ray
 
 from ray_dnn.errors import ConfigError
-from ray_dnn.feed.dealing import Deal, deal
+from ray_dnn.feed.dealing import Deal
+from ray_dnn.feed.hands import Hand, Hands
 from ray_dnn.feed.source import Lot, Source
-from ray_dnn.feed.stream import Reader, Room, StoppedError, placement
+from ray_dnn.feed.stream import HOME_BYTES, TICK_S, Reader, Room, StoppedError
 from ray_dnn.feed.supply import Evaluated, News, Portion
 from ray_dnn.sampler import Epoch, RowOrder, Schedule, split_evenly
 
@@ -68,7 +71,8 @@ class Feed:
         self._portions: list[Portion] = []  # those that may still be asked for, and the first one
         self._evaluated: list[Evaluated] = []
         self._changed = threading.Condition()  # guards the four above
-        self._room = Room.of_cluster()
+        self._room, self._hands = Room.of_cluster(), Hands()
+        self._dealers: cycle[Hand] | None = None
         self._train = self._reader(sources["train"], counts or {})
         self._others = [self._reader(source, {}) for name, source in sources.items() if name != "train"]
         if schedule.rows is None and len(self._train.counts) == len(sources["train"].units):
@@ -76,7 +80,7 @@ class Feed:
         self._threads: list[threading.Thread] = []
 
     def _reader(self, source: Source, counts: Mapping[int, int]) -> Reader:
-        return Reader(source, self._order.seed, counts, self._room, self._hears.says, lambda: self._wanted)
+        return Reader(source, self._order.seed, counts, self._hands, self._room, self._hears.says, lambda: self._wanted)
 
     def start(self) -> None:
         """Begin to read."""
@@ -115,6 +119,7 @@ class Feed:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._hands.close()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -249,13 +254,24 @@ class Feed:
                 counts[index, batch] = split_evenly(end - begin, schedule.virtual_workers, schedule.min_rows)
         lots = window.up_to(stream.rows if reach is None else min(reach, stream.rows))
         what = Deal(order, epoch, start, stop, lots, window.begin, stream.rows, counts)
-        where = placement(sum(lot.rows for lot in lots) * self._train.row_bytes)
-        tables: Any = deal.options(num_returns=schedule.virtual_workers, **where).remote(what)
-        return Portion(step, last, counts, tuple(tables) if schedule.virtual_workers > 1 else (tables,))
+        return Portion(step, last, counts, self._tables(what))
+
+    def _tables(self, what: Deal) -> tuple[Any, ...]:
+        """Deal rows out: few of them here, which takes no process, many elsewhere."""
+        if sum(lot.rows for lot in what.lots) * self._train.row_bytes >= HOME_BYTES:
+            if self._dealers is None:
+                nodes = sum(node["Alive"] for node in ray.nodes())
+                self._dealers = cycle(self._hands.take({}, home=False) for _ in range(min(nodes, _AHEAD)))
+            return next(self._dealers).deal(what, self.schedule.virtual_workers)
+        references = list({lot.ref for lot in what.lots})
+        while len(ray.wait(references, num_returns=len(references), timeout=TICK_S)[0]) < len(references):
+            if not self._wanted:
+                raise StoppedError
+        return tuple(map(ray.put, what.tables()))
 
     def _usual_steps(self) -> int:
         rows = self.schedule.local_batches * self.schedule.batch_size
-        return int(max(1, min(_PORTION_STEPS, self._room.task / max(1.0, self._train.row_bytes * rows))))
+        return int(max(1, min(_PORTION_STEPS, self._room.call / max(1.0, self._train.row_bytes * rows))))
 
     def _publish(self, portion: Portion) -> None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""Tasks that read units, each by itself."""
+"""Units are read, each by itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
-from ray_dnn.errors import DataError, RayDnnError, UserCodeError
+from ray_dnn.errors import DataError, UserCodeError
 from ray_dnn.feed.raydata import as_table, concat
 from ray_dnn.feed.source import Source, numbered
-from ray_dnn.portable import portable
 from ray_dnn.sampler import derive_seed
-
-_SOURCES = 4  # that a process keeps
 
 
 class Read(NamedTuple):
@@ -39,7 +35,7 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """What a task is to read.
+    """What is to be read at once.
 
     Attributes:
         source: a reference to the `Source`.
@@ -60,34 +56,12 @@ class Order:
     ship: bool = True
 
 
-class ReadingError(Exception):
-    """What went wrong in a task: an error, and its cause, which pickling the error alone would lose."""
+def read(source: Source, order: Order) -> Iterator[Any]:
+    """Read units. Gives a table and what is in it by turns: the `Read`s, and the table's bytes.
 
-    def __init__(self, error: RayDnnError, cause: Exception | None):
-        super().__init__(error, cause)
-        self.error, self.cause = error, cause
-
-
-def _read(order: Order) -> Iterator[Any]:
-    """Read units. Gives a table and what is in it by turns: the `Read`s, and the table's bytes."""
-    try:
-        yield from _tables(order)
-    except RayDnnError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
-        raise ReadingError(error, portable(cause) if cause else None) from None
-
-
-_OPTIONS: dict[str, Any] = {
-    "num_cpus": 0,
-    "num_returns": "streaming",
-    "max_retries": -1,  # of deaths, not of exceptions
-    "_generator_backpressure_num_objects": 8,
-}
-read: Any = ray.remote(**_OPTIONS)(_read)
-
-
-def _tables(order: Order) -> Iterator[Any]:
-    source = _source(order.source)
+    Raises:
+        DataError, UserCodeError: a unit cannot be read or transformed.
+    """
     tables: list[pa.Table] = []
     reads: list[Read] = []
     size = 0
@@ -106,18 +80,6 @@ def _tables(order: Order) -> Iterator[Any]:
         reads.append(Read(unit, 0, last=True))
     yield concat(tables) if tables else None
     yield reads, size
-
-
-_sources: dict[str, Source] = {}  # by reference, the newest last
-
-
-def _source(reference: Any) -> Source:
-    key = reference.hex()
-    if key not in _sources:
-        while len(_sources) >= _SOURCES:
-            del _sources[next(iter(_sources))]
-        _sources[key] = ray.get(reference)
-    return _sources[key]
 
 
 def _unit(source: Source, number: int, first: int, order: Order) -> Iterator[pa.Table]:

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from ray_dnn.errors import ConfigError, DataError
-from ray_dnn.feed.reading import Order, Read, ReadingError, read
+from ray_dnn.feed.hands import Hand, Hands, ReadingError
+from ray_dnn.feed.reading import Order, Read
 from ray_dnn.feed.source import Lot, Source
 from ray_dnn.sampler import Epoch, Numbering
 
-_TASK_UNITS = 64  # that one task reads at most
+_CALL_UNITS = 64  # that one call reads at most
 _FIRST_GUESS = 4 << 20  # bytes of a unit, while nothing is known
-_SPREAD_BYTES = 1 << 20
-_TASK_BYTES, _TASKS_IN_STORE = 16 << 20, 32  # that one task makes: so much, or such a part of the store
-_TICK_S = 0.5  # between two looks whether the pass is still wanted
+HOME_BYTES = 1 << 20  # less than that is read and dealt out where the driver is
+_CALL_BYTES, _CALLS_IN_STORE = 16 << 20, 32  # that one call makes: so much, or such a part of the store
+TICK_S = 0.5  # between two looks whether rows are still wanted
+_PATIENCE_S = 0.1  # of waiting, before more is read at once
 _SAY_S = 10.0  # of waiting, before it is said; then twice as long, and so on
-
-
-def placement(size: float) -> dict[str, Any]:
-    """Where a task runs that makes so many bytes: on any node, or, if that is not worth it, on the driver's.
-
-    Without the driver's node there is no run, so what lies there is not lost before it.
-    """
-    if size >= _SPREAD_BYTES:
-        return {"scheduling_strategy": "SPREAD"}
-    here = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}
 
 
 class Reader:
@@ -41,6 +31,7 @@ class Reader:
 
     Args:
         room: in the object store.
+        hands: that read.
         counts: rows of units that are known although ``source`` does not say them.
         say: told what is waited for, when that takes long.
         wanted: whether the run still goes on.
@@ -57,6 +48,7 @@ class Reader:
         source: Source,
         seed: int,
         counts: Mapping[int, int],
+        hands: Hands,
         room: Room,
         say: Callable[[str], None],
         wanted: Callable[[], bool],
@@ -67,12 +59,12 @@ class Reader:
         if source.counts is not None:
             self.counts |= {unit: int(rows) for unit, rows in enumerate(source.counts)}
         self.news: dict[int, int] = {}
-        self._seed, self._room, self._say, self._wanted = seed, room, say, wanted
+        self._seed, self._hands, self._room, self._say, self._wanted = seed, hands, room, say, wanted
         self._reference: Any = ray.put(source)
         self._bytes = self._units = self._rows = 0  # that were shipped so far
         self.read = 0
-        cpus = ray.cluster_resources().get("CPU", 1)
-        self._at_once = max(2, min(64, int(cpus) // 2))
+        self._at_once = 1  # calls; as many as it takes
+        self._home = sum(self._size(unit) for unit in range(len(source.units))) < HOME_BYTES
 
     @property
     def row_bytes(self) -> float:
@@ -86,32 +78,36 @@ class Reader:
         Raises:
             DataError, UserCodeError: rows cannot be read or transformed.
         """
-        under_way: deque[tuple[list[int], Any]] = deque()
+        calls: deque[_Call] = deque()
         index = stream.counted
         try:
-            while index < len(stream.units) or under_way:
-                while index < len(stream.units) and len(under_way) < self._at_once:
-                    numbers = self._group(stream, index)
-                    index += len(numbers)
-                    under_way.append((numbers, self._begin(numbers, epoch, ship)))
-                numbers, task = under_way[0]
-                if task is None:
-                    yield self._held(stream, numbers)
+            while index < len(stream.units) or calls:
+                while index < len(stream.units) and len(calls) < self._at_once:
+                    calls.append(self._begin(self._group(stream, index), epoch, ship))
+                    index += len(calls[-1].numbers)
+                call = calls[0]
+                if call.hand is None:
+                    yield self._held(stream, calls.popleft().numbers)
+                elif not self._ready(call):
+                    self._hurry(calls)
                 else:
-                    yield from self._finish(stream, numbers, task)
-                under_way.popleft()
+                    lots = self._take(stream, call)
+                    if call.ended == len(call.numbers):
+                        self._hands.put_back(call.hand)
+                        calls.popleft()
+                    yield lots
         finally:
-            for _, task in under_way:
-                if task is not None:  # by ending its process: an exception in the middle of an import would spoil it
-                    ray.cancel(task, force=True)
+            for call in calls:
+                if call.hand is not None:
+                    self._hands.end(call.hand)
 
     def _group(self, stream: Epoch, index: int) -> list[int]:
-        """The units that the next task reads, all of one branch."""
+        """The units that are read next by one call, all of one branch."""
         branch = self.source.branch(stream.units[index])
         numbers: list[int] = []
         size = 0.0
-        for unit in map(int, stream.units[index : index + _TASK_UNITS]):
-            if numbers and (size >= self._room.task or self.source.branch(unit) is not branch):
+        for unit in map(int, stream.units[index : index + _CALL_UNITS]):
+            if numbers and (size >= self._room.call or self.source.branch(unit) is not branch):
                 break
             numbers.append(unit)
             size += self._size(unit)
@@ -122,16 +118,15 @@ class Reader:
         usual = self._bytes / self._units if self._units else _FIRST_GUESS
         return self.source.unit(unit).size or usual
 
-    def _begin(self, numbers: list[int], epoch: int, ship: bool) -> Any:
+    def _begin(self, numbers: list[int], epoch: int, ship: bool) -> _Call:
+        """Have units read, unless they are in the object store as they are."""
         branch = self.source.branch(numbers[0])
         if branch.held:
-            return None
-        options = dict(branch.options)
-        if "label_selector" not in options:
-            options |= placement(sum(self._size(unit) for unit in numbers))
+            return _Call(numbers)
+        hand = self._hands.take(branch.options, self._home)
         firsts = tuple(self.numbering.first(unit) for unit in numbers)
-        order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, int(self._room.task / 2), ship)
-        return read.options(**options).remote(order)
+        order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, int(self._room.call / 2), ship)
+        return _Call(numbers, hand, hand.read(order))
 
     def _held(self, stream: Epoch, numbers: list[int]) -> list[Lot]:
         """Take rows that need not be read."""
@@ -144,42 +139,50 @@ class Reader:
             found += lots
         return found
 
-    def _finish(self, stream: Epoch, numbers: list[int], task: Any) -> Generator[list[Lot], None, None]:
-        """Take what a task gives, as it comes."""
-        rows = ended = 0  # of the unit that is being read; units
-        while ended < len(numbers):
-            self._await(task, self.source.unit(numbers[ended]).name)
-            table = next(task)
-            reads, size = self._answer(next(task, table))  # a task that fails gives its error, and nothing more
-            for entry in reads:
-                rows += entry.rows
-                stream.add(entry.rows)
-                if entry.last:
-                    self._end(stream, entry.unit, rows)
-                    rows, ended = 0, ended + 1
-            shipped = sum(entry.rows for entry in reads)
-            self.read += shipped
-            if size:  # not only counted
-                self._bytes, self._rows = self._bytes + size, self._rows + shipped
-            yield [Lot(table, 0, shipped, None, size)] if size else []
-        self._units += len(numbers) if self._bytes else 0
+    def _ready(self, call: _Call) -> bool:
+        """Whether it has given something, after waiting for it a little."""
+        if ray.wait([call.coming], timeout=_PATIENCE_S, fetch_local=False)[0]:
+            return True
+        if not self._wanted():
+            raise StoppedError
+        if time.monotonic() - call.began > call.said:
+            call.said *= 2
+            name = self.source.unit(call.numbers[call.ended]).name
+            self._say(f"rows of datasets[{self.source.name!r}]: {name} is being read")
+        return False
 
-    def _await(self, task: Any, name: str) -> None:
-        began, said = time.monotonic(), _SAY_S
-        while not ray.wait([task], timeout=_TICK_S, fetch_local=False)[0]:
-            if not self._wanted():
-                raise StoppedError
-            if time.monotonic() - began > said:
-                said *= 2
-                self._say(f"rows of datasets[{self.source.name!r}]: {name} is being read")
+    def _hurry(self, calls: Iterable[_Call]) -> None:
+        """Rows are waited for: have twice as many processes read, unless some are only about to begin."""
+        if all(call.hand is not None and call.hand.up() for call in calls):
+            most = int(ray.cluster_resources().get("CPU", 1)) // 2
+            self._at_once = max(2, min(64, most, 2 * self._at_once))
+
+    def _take(self, stream: Epoch, call: _Call) -> list[Lot]:
+        """Take what has been read."""
+        table = next(call.coming)
+        reads, size = self._answer(next(call.coming, table))  # a call that fails gives its error, and nothing more
+        for entry in reads:
+            call.rows += entry.rows
+            stream.add(entry.rows)
+            if entry.last:
+                self._end(stream, entry.unit, call.rows)
+                call.rows, call.ended = 0, call.ended + 1
+                self._units += 1 if size else 0
+        shipped = sum(entry.rows for entry in reads)
+        self.read += shipped
+        call.wait()
+        if not size:  # only counted
+            return []
+        self._bytes, self._rows = self._bytes + size, self._rows + shipped
+        return [Lot(table, 0, shipped, None, size)]
 
     def _answer(self, reference: Any) -> tuple[list[Read], int]:
         try:
             answer: tuple[list[Read], int] = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, ReadingError):
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, ReadingError):
                 raise error.cause.error from error.cause.cause
-            raise DataError(f"datasets[{self.source.name!r}]: a task that reads it failed: {error}") from error
+            raise DataError(f"datasets[{self.source.name!r}]: a process that reads it failed: {error}") from error
         return answer
 
     def _end(self, stream: Epoch, unit: int, rows: int) -> None:
@@ -194,24 +197,49 @@ class Reader:
         stream.end()
 
 
+@dataclass
+class _Call:
+    """Units that are being read.
+
+    Attributes:
+        hand: by whom.
+        coming: what that gives.
+        rows: that came of the unit of which some came last.
+        ended: units.
+        began, said: since when something is waited for, and how long before that is said.
+    """
+
+    numbers: list[int]
+    hand: Hand | None = None
+    coming: Any = None
+    rows: int = 0
+    ended: int = 0
+    began: float = field(default_factory=time.monotonic)
+    said: float = _SAY_S
+
+    def wait(self) -> None:
+        """From now on something is waited for."""
+        self.began, self.said = time.monotonic(), _SAY_S
+
+
 @dataclass(frozen=True)
 class Room:
     """What the object store of the cluster has room for, in bytes.
 
     Attributes:
         all: in the whole cluster.
-        task: that one task should make at a time. The feed has about a dozen times as much in the store, besides the
-            rows of a window.
+        call: that one call to a process should make at a time. The feed has about a dozen times as much in the store,
+            besides the rows of a window.
     """
 
     all: float
-    task: float
+    call: float
 
     @classmethod
     def of_cluster(cls) -> Room:
         """The present room."""
         nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
-        return cls(sum(nodes), min(_TASK_BYTES, min(nodes) / _TASKS_IN_STORE))
+        return cls(sum(nodes), min(_CALL_BYTES, min(nodes) / _CALLS_IN_STORE))
 
 
 class StoppedError(Exception):
