@@ -7,6 +7,7 @@ the death of the agent or a bug.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import ray
+from torch import nn
 
-from ray_dnn.checkpoint import weights_to_bytes
+from ray_dnn.checkpoint import File, Manifest, Place
 from ray_dnn.comm.mesh import AbandonedError, Address, GarbledError, Listener, Mesh, PeerLostError
 from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
@@ -33,12 +35,14 @@ from ray_dnn.engine.follow import Follower
 from ray_dnn.engine.light import postpone_compiler
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import Joined, Report
+from ray_dnn.engine.saving import Saver, Taken, load_weights_into, restore
 from ray_dnn.engine.state import TrainingState
 from ray_dnn.engine.step import Engine
 from ray_dnn.engine.train import train
 from ray_dnn.engine.transfer import agree
 from ray_dnn.feed.collate import default_collate
 from ray_dnn.feed.supply import News, Supply
+from ray_dnn.identity import Identity, of_state
 from ray_dnn.marks import Marks
 from ray_dnn.parallel import ReplicaGroup, set_current_group
 from ray_dnn.phases import Phase
@@ -70,6 +74,8 @@ class Job:
         secret: known to this job's agents alone; connections introduce themselves with it.
         replica_size: agents that together hold one replica.
         audit: what is compared to find agents that compute wrongly.
+        begun: what it begins with, instead of what it is built with.
+        resume: a checkpoint of the same job that it goes on from.
     """
 
     spec: TrainSpec
@@ -79,14 +85,49 @@ class Job:
     secret: bytes
     replica_size: int = 1
     audit: Audit | None = None
+    begun: Begun | None = None
+    resume: Resume | None = None
+
+    @property
+    def first_step(self) -> int:
+        """Where it begins."""
+        return self.resume.manifest.step if self.resume is not None else 0
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from."""
+
+    place: Place
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint of another run. ``all``: not only its weights."""
+
+    place: Place
+    manifest: Manifest
+    all: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its bytes."""
+        files = sorted((name, file.sha256) for name, file in self.manifest.files.items())
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A decision of the driver: stop before the first step, from ``at_step`` on, at which every agent holds it."""
+    """A decision of the driver: stop before the first step, from ``at_step`` on, at which every agent holds it.
+
+    Attributes:
+        snapshot: take a snapshot there instead of stopping, where the step is a multiple of so many; 0: stop.
+    """
 
     number: int
     at_step: int = 0
+    snapshot: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +174,7 @@ class Built:
     profile: dict[str, object]
     first: FirstContribution
     state_digest: str
+    identity: Identity
     seconds: float
 
 
@@ -181,14 +223,6 @@ class Convicted:
     names: tuple[str, ...]
     reason: str
     late: bool
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The full weights in the safetensors format, and their digest."""
-
-    data: bytes
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -324,17 +358,28 @@ class Agent:
         with self._changed:
             self._trim(serial)
 
-    def export_weights(self) -> Exported | Failed:
-        """The full weights. Called on all agents of a replica together."""
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-        def export() -> Exported:
-            self.marks.enter(Phase.FINISHING)
-            weights = self._state.weights(self._group)
-            exported = Exported(weights_to_bytes(weights), codec.weights_digest(weights))
-            self.marks.enter(Phase.READY)
-            return exported
+    def snapshot(self, number: int) -> Failed | None:
+        """Take a snapshot while no step is taken. Called on all agents of a replica together."""
+        return self._compute(lambda: self._saver.take(number, self._pending()))
 
-        return self._compute(export)
+    def taken(self, number: int) -> Taken | None:
+        """Wait for a snapshot. None: it has been dropped."""
+        return self._saver.taken(number)
+
+    def write(self, number: int, writer: int, place: Place) -> dict[str, File] | Failed:
+        """Write the parts of a snapshot that are up to a replica."""
+        return _guard(lambda: self._saver.write(number, writer, place))
+
+    def hand_over(self, number: int, writer: int) -> dict[str, bytes] | Failed:
+        """The parts of a snapshot that are up to a replica, for the driver to write."""
+        return _guard(lambda: self._saver.hand_over(number, writer))
+
+    def drop(self, number: int) -> None:
+        """Snapshots up to this one are not wanted any more."""
+        if self.engine is not None:
+            self._saver.drop(number)
 
     def _trim(self, serial: int) -> None:
         self._heard = True
@@ -371,15 +416,18 @@ class Agent:
         self._group = ReplicaGroup(mesh, self.marks)
         set_current_group(self._group)
         self._state = state = guarded(
-            f"build_model or build_optimizer, agent {self.name}", lambda: TrainingState(job.spec, job.config)
+            f"build_model or build_optimizer, agent {self.name}",
+            lambda: TrainingState(job.spec, job.config, _beginning(job.begun)),
         )
+        self._resume, self._begun = job.resume, job.begun
+        state.step = job.first_step
         collate = job.spec.collate or default_collate
         config = job.config
         source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows)
         contributor = Contributor(state, job.strategy, source)
         self._supply.names = job.evaluated
         self.marks.enter(Phase.SUPPLY)
-        source.wait(0, lambda: None)
+        source.wait(job.first_step, lambda: None)
         source.waited_s = 0.0
         self.marks.enter(Phase.ADMISSION)
         first = first_contribution(contributor, twice)
@@ -388,11 +436,13 @@ class Agent:
             contributor, evaluator, self._group, first.metrics, self.marks, job.audit, SharedMemory()
         )
         engine.states.start()
+        self._saver = Saver(engine, self._group)
         self._listener.serve(FOLLOWERS, lambda connection: engine.leader.accept(connection, self._pending))
         digest = codec.digest(state.export())
         self._checked = job.audit is not None
         self.marks.enter(Phase.READY)
-        return Built(profile.as_dict(), first, digest, time.perf_counter() - started)
+        identity = of_state(state, profile.as_dict())
+        return Built(profile.as_dict(), first, digest, identity, time.perf_counter() - started)
 
     def _run(self, generation: Generation, called: float) -> Stopped:
         engine, plan = self.engine, generation.plan
@@ -442,7 +492,15 @@ class Agent:
         """Connect to the others and come to the same state. Returns when it was connected."""
         mesh.form(self._listener, self._secret, generation.addresses)
         formed = time.time()
-        self._holds = self._holds or generation.founding
+        if generation.founding and not self._holds:
+            if self._resume is not None:
+                self.marks.enter(Phase.RESTORING)
+                restore(engine, self._group, self._resume.place, self._resume.manifest)
+            elif self._begun is not None and self._begun.all:
+                self.marks.enter(Phase.RESTORING)
+                restore(engine, self._group, self._begun.place, self._begun.manifest)
+                engine.begin_anew()
+            self._holds = True
         agree(mesh, engine, self._holds, self._pending, self._report, self._follower)
         self._holds = True
         with self._changed:
@@ -468,11 +526,24 @@ class Agent:
                 held += 1
             return held
 
+    def save(self, step: int, agreed: int) -> None:
+        """See `ray_dnn.engine.train.Decisions`."""
+        with self._changed:
+            due = [c for c in self._commands.values() if c.snapshot and c.number <= agreed and step >= c.at_step]
+        for command in due:
+            if step % command.snapshot == 0 and not self._saver.has(command.number):
+                self._saver.take(command.number, self._pending())
+
     def due(self, step: int, agreed: int) -> int | None:
         """See `ray_dnn.engine.train.Decisions`. The same answer on every agent."""
         with self._changed:
-            due = (c.number for c in self._commands.values() if c.number <= agreed and step >= c.at_step)
+            stops = [c for c in self._commands.values() if not c.snapshot]
+            due = (c.number for c in stops if c.number <= agreed and step >= c.at_step)
             return max(due, default=None)
+
+
+def _beginning(begun: Begun | None) -> Callable[[nn.Module], None] | None:
+    return None if begun is None else lambda model: load_weights_into(model, begun.place)
 
 
 class _LeftError(Exception):

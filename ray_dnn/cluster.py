@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
 
-_THREADS = 12  # of an actor: some wait in live() and run(), the others pass messages
+_THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_dnn.errors import ConfigError
@@ -108,7 +109,8 @@ class TrainConfig:
         shuffle_window: rows in a window.
         nonfinite: a NaN or infinite contribution stops the run ("stop") or leaves the step without an update ("skip").
         evaluate_every: steps between two evaluations; None: only at the end.
-        checkpoint_every: steps between two checkpoints; None: only at the end.
+        checkpoint_every: steps between two checkpoints, or time (a ``datetime.timedelta``); None: only at the end. If
+            the storage is slower, some are left out.
         num_threads: CPU threads that an agent computes with. Part of the job: another number gives other bits.
         cpu_isa: the widest vector instructions that are used. "avx2" gives the same bits on nearly every x86 machine
             at no cost in fp32; "native" whatever the machine has; "auto" is "avx2", or "native" for bf16, which AVX2
@@ -130,7 +132,7 @@ class TrainConfig:
     shuffle_window: int = 16_384
     nonfinite: Literal["stop", "skip"] = "stop"
     evaluate_every: int | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: int | timedelta | None = None
     num_threads: int = 1
     cpu_isa: Literal["auto", "avx2", "native"] = "auto"
     deterministic: bool = True
@@ -138,7 +140,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "virtual_workers", "min_rows", "shuffle_window", "num_threads"):
             self._whole(name, getattr(self, name), least=1)
-        for name in ("epochs", "steps", "microbatch_size", "evaluate_every", "checkpoint_every"):
+        every = self.checkpoint_every
+        if isinstance(every, timedelta):
+            if every <= timedelta(0):
+                raise self._wrong("checkpoint_every", "must be longer than nothing.")
+        elif every is not None:
+            self._whole("checkpoint_every", every, least=1)
+        for name in ("epochs", "steps", "microbatch_size", "evaluate_every"):
             if getattr(self, name) is not None:
                 self._whole(name, getattr(self, name), least=1)
         self._whole("seed", self.seed, least=0)
@@ -177,8 +185,9 @@ class TrainConfig:
         return "native" if self.precision == "bf16" else "avx2"
 
     def as_dict(self) -> dict[str, object]:
-        """All fields by name, for the fingerprint and the event log."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """All fields by name, as JSON has them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: str(value) if isinstance(value, timedelta) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,19 @@ belongs to a generation that is over (`Underway.end`) is not looked at.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_dnn import checkpoint
+from ray.train import CheckpointConfig
+
 from ray_dnn.admission import Admission
-from ray_dnn.agent import Command, Convicted, Exported, Failed, Job, Left, Stopped
+from ray_dnn.agent import Command, Convicted, Failed, Job, Left, Stopped
+from ray_dnn.checkpoints import Checkpoints, Kept
 from ray_dnn.cluster import Places
 from ray_dnn.engine.reports import Report
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
-    CheckpointWritten,
     Decided,
     EventLog,
     GenerationFormed,
@@ -46,6 +47,7 @@ from ray_dnn.feed.supply import News
 from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
+from ray_dnn.identity import Identity
 from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
@@ -53,6 +55,7 @@ from ray_dnn.membership import Decision, Script, View, decide
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
+from ray_dnn.resume import check_same
 from ray_dnn.sampler import rows_of_job
 from ray_dnn.setbacks import Setbacks
 from ray_dnn.storage import RunFolder
@@ -61,6 +64,8 @@ from ray_dnn.underway import Underway
 _HEARTBEAT_S = 1.0  # agents keep the reports of so long; one that hears nothing for ten minutes ends itself
 _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
+_FENCE_S = 15.0  # between two looks whether the run was started again
+_LAST_S = 25.0  # that the checkpoint of an interrupted run may take
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,31 @@ class Size:
     script: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Past:
+    """What there is of a run before it starts.
+
+    Attributes:
+        identity: what the job is, as far as the driver knows.
+        kept: checkpoints.
+        keep: how many of them.
+    """
+
+    identity: Identity = field(default_factory=dict)
+    kept: Sequence[Kept] = ()
+    keep: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
 @dataclass
 class Outcome:
-    """How a run ended."""
+    """How a run ended. ``kept``: its checkpoints."""
 
     step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     weights_digest: str = ""
     checkpoint_path: str | None = None
+    kept: list[Kept] = field(default_factory=list)
     error: Exception | None = None
     cause: Exception | None = None
 
@@ -104,20 +125,28 @@ class Driver:
         patience: Patience,
         folder: RunFolder,
         log: EventLog,
+        past: Past,
     ):
-        self._job, self._size, self._folder, self._log = job, size, folder, log
+        self._job, self._size, self._log, self._past = job, size, log, past
         self._loop = Loop()
         train = sources["train"]
         order, schedule = rows_of_job(job.config, train.rows, train.held, job.strategy.local_batches)
-        self._feed = Feed(sources, order, schedule, self._hears())
+        counted = job.resume.manifest.units if job.resume is not None else {}
+        self._feed = Feed(sources, order, schedule, self._hears(), job.first_step, counted)
         self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
         self._followings = Followings(self._loop, log, self._consider)
-        head = LedgerHead(order, schedule, len(train.units), train.counts is not None)
+        head = LedgerHead(order, schedule, len(train.units), train.counts is not None, job.first_step)
         self._recorder = Recorder(job, folder, log, head)
         if train.counts is not None:
             self._recorder.counted(dict(enumerate(train.counts.tolist())))
+        elif counted:
+            self._recorder.counted(counted)
+        self._checkpoints = Checkpoints(
+            self._loop, log, folder, job, self._recorder, job.config.checkpoint_every, past.keep, self
+        )
+        self._checkpoints.kept = list(past.kept)
         self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
         self._script = Script(size.script)
@@ -129,6 +158,8 @@ class Driver:
         self._waiting = False  # whether members wait for more, and there is no generation
         self._falls = 0  # how often they had to, for others were lost
         self._finishing = False  # whether the user asked to stop, and the next generation is the last
+        self._paused = False  # whether all members have stopped at the same step, and wait
+        self._interrupted = False  # whether the user asked to end soon
         self._decided = 0  # the newest decision
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
@@ -141,6 +172,7 @@ class Driver:
             self._feed.start()
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
             self._heartbeat()
+            self._watch_fence()
             self._loop.run()
         except Exception as error:
             self._fail(error)
@@ -182,27 +214,80 @@ class Driver:
                 agent.acknowledge.remote(self._recorder.serial - 1)
         self._loop.later(_HEARTBEAT_S, self._heartbeat)
 
+    def _watch_fence(self) -> None:
+        self._checkpoints.watch_fence()
+        self._loop.later(_FENCE_S, self._watch_fence)
+
     @property
     def _running(self) -> bool:
         """Whether agents take steps."""
         return self._now is not None and self._now.running
 
+    @property
+    def _begun(self) -> bool:
+        """Whether there is more to lose than what this attempt began with."""
+        return self._recorder.steps > self._recorder.first_step
+
     # -- what the user asks for ----------------------------------------------------------------------------------------
 
     def _on_request(self, request: Request) -> None:
         if request.kind == "interrupt":
-            self.outcome.error = InterruptedError("the run was interrupted")
-            self._log.add(RunInterrupted(self._recorder.steps))
-            self._loop.end()
+            self._on_interrupt()
             request.answer.set_result(None)
         elif request.kind == "resize":
             self._target = request.value
             request.answer.set_result(None)
             self._consider()
+        elif request.kind == "checkpoint":
+            self._checkpoints.want(request.answer.set_result)
         else:
             self._commands.append(request)
             if self._running:
                 self._decide_pause(request.kind, "asked for by the user")
+
+    def _on_interrupt(self) -> None:
+        """End: with a checkpoint if there is something to keep, at once when asked again."""
+        if self._interrupted or not self._running or not self._begun:
+            self._end_interrupted()
+            return
+        self._interrupted = True
+        self._log.add(Waiting("a last checkpoint, before the run is interrupted; once more ends it at once"))
+        self._checkpoints.want(lambda _: self._end_interrupted())
+        self._loop.later(_LAST_S, self._end_interrupted)
+
+    def _end_interrupted(self) -> None:
+        if self.outcome.error is None:
+            self.outcome.error = InterruptedError("the run was interrupted")
+            self._log.add(RunInterrupted(self._recorder.steps))
+        self._loop.end()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def order_snapshot(self, every: int, at_step: int, reason: str) -> tuple[int, list[Replica]] | None:
+        """See `ray_dnn.checkpoints.Owner`."""
+        if self._now is None or not (self._running or self._paused):
+            return None
+        self._decided += 1
+        if self._paused:
+            self._now.ask([agent.snapshot.remote(self._decided) for agent in self._now.agents], lambda _: None)
+        else:
+            self._log.add(Decided(self._decided, "checkpoint", reason))
+            self._now.command(Command(self._decided, at_step, snapshot=every))
+        return self._decided, list(self._members)
+
+    def order_pause(self) -> None:
+        """See `ray_dnn.checkpoints.Owner`."""
+        self._commands.append(Request("complete a checkpoint"))
+        if self._running:
+            self._decide_pause("pause", "agents are lost so often that no checkpoint is completed")
+
+    def on_reports(self, reports: list[Report]) -> None:
+        """See `ray_dnn.checkpoints.Owner`."""
+        self._record(reports)
+
+    def on_storage_lost(self, error: Exception) -> None:
+        """See `ray_dnn.checkpoints.Owner`."""
+        self._fail(error)
 
     # -- what happens to agents ----------------------------------------------------------------------------------------
 
@@ -212,6 +297,9 @@ class Driver:
 
     def on_ready(self, replica: Replica) -> None:
         """A replica is built."""
+        for built in replica.built:
+            assert built is not None
+            self._identify(built.identity)
         admitted, refused = self._admission.examine(replica)
         self._fleet.referenced = self._fleet.referenced or not self._admission.waiting(replica)
         for name, error in refused.items():
@@ -220,6 +308,14 @@ class Driver:
                 self._fail(error)  # the run cannot start without it
         if admitted:
             self._consider()
+
+    def _identify(self, identity: Identity) -> None:
+        """Now it is known all that the job is."""
+        whole = self._past.identity | identity
+        self._checkpoints.identify(whole)
+        resume = self._job.resume
+        if resume is not None and self._job.config.deterministic:
+            check_same(resume.place.path, resume.manifest, whole)
 
     def on_failed(self, replica: Replica, failed: Failed) -> None:
         """An agent's call raised: the job's fault, not the agent's."""
@@ -283,7 +379,9 @@ class Driver:
             return
         if self._now is not None:
             self._now.end()
-        end = self._setbacks.left(len(self._members), self._recorder.steps, reason)
+        self._paused = False
+        self._checkpoints.interrupted()
+        end = self._setbacks.left(len(self._members), self._recorder.steps if self._begun else 0, reason)
         if end is not None:
             self._fail(AgentLostError(end))
             return
@@ -367,7 +465,7 @@ class Driver:
         """Have newcomers follow members that train."""
         newcomers = [r for r in self._fleet.staged(Stage.READY) if not self._admission.waiting(r)]
         # Before the first step is known, founders that are lost are replaced by newcomers that are as they were built.
-        self._followings.look(newcomers, self._members if self._running and self._recorder.steps else [])
+        self._followings.look(newcomers, self._members if self._running and self._begun else [])
 
     def _decide_pause(self, kind: str, reason: str, at_step: int = 0) -> None:
         """Have the agents stop at a step boundary."""
@@ -396,6 +494,8 @@ class Driver:
             )
         if self._now is not None:
             self._now.end()
+        self._paused = False
+        self._checkpoints.interrupted()
         self._generation += 1
         now = self._now = Underway(self._loop, self._fleet, self, self._generation, members, plan)
         self._members, self._waiting = members, False
@@ -413,6 +513,7 @@ class Driver:
         now.poll(lambda: self._recorder.serial, self._record)
         if self._commands and not finish:
             self._decide_pause(self._commands[0].kind, "asked for by the user")
+        self._checkpoints.look()
         self._consider()
 
     def _tell(self, before: list[Replica], plan: Plan) -> None:
@@ -472,6 +573,7 @@ class Driver:
         stop = next(iter(stops.values()))
         if self._recorder.steps != stop.step:
             raise ProtocolError(f"agents stopped at step {stop.step}, their reports at {self._recorder.steps}")
+        self._paused = True
         if stop.command is None:
             self._finish(stops)
             return
@@ -483,11 +585,11 @@ class Driver:
     def _serve(self) -> None:
         """Do what the user asked for, one thing after the other; then form the next generation."""
         if self._commands:
-            if self._commands[0].kind == "checkpoint":
-                self._write_checkpoint(self._served)
-            else:
+            if self._commands[0].kind == "stop":
                 self._finishing = True
-                self._served(None)
+                self._served()
+            else:
+                self._checkpoints.want(lambda _: self._served())
             return
         if self._finishing:
             self._form(Decision(tuple(r.name for r in self._members)), finish=True)
@@ -499,24 +601,9 @@ class Driver:
             self._waiting = True  # a script waits for the agents that it names
             self._consider()
 
-    def _served(self, path: str | None) -> None:
-        self._commands.pop(0).answer.set_result(path)
+    def _served(self) -> None:
+        self._commands.pop(0).answer.set_result(None)
         self._serve()
-
-    def _write_checkpoint(self, then: Callable[[str], None]) -> None:
-        """Write the weights of the present step, and go on with the checkpoint's path."""
-        started = time.perf_counter()
-        step = self._recorder.steps
-
-        def write(exports: list[Exported]) -> None:
-            path = f"{self._folder.path}/checkpoint-{self._folder.attempt:04d}-{step:09d}"
-            about = {"step": step, "weights_digest": exports[0].digest, "config": self._job.config.as_dict()}
-            checkpoint.write(self._folder.filesystem, path, {checkpoint.WEIGHTS: exports[0].data}, about)
-            self._log.add(CheckpointWritten(step, path, time.perf_counter() - started))
-            then(path)
-
-        assert self._now is not None
-        self._now.ask([agent.export_weights.remote() for agent in self._members[0].agents], write)
 
     # -- reports and ends ----------------------------------------------------------------------------------------------
 
@@ -538,17 +625,19 @@ class Driver:
                 self._setbacks.committed(proven=bool(new), newest=newest)
         if self._recorder.steps > known:
             self._feed.committed(self._recorder.steps)
+            self._checkpoints.stepped()
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):
             digests = {s.state_digest for (_, r), s in stops.items() if r == rank}
             if len(digests) > 1 and self._admission.exact:
                 raise ProtocolError(f"agents ended with different states: {stops}")
-        self._write_checkpoint(lambda path: self._finished(next(iter(stops.values())), path))
+        last = next(iter(stops.values()))
+        self._checkpoints.take_last(last.weights_digest, lambda path: self._finished(last, path))
 
     def _finished(self, last: Stopped, path: str) -> None:
         for request in self._commands:
-            request.answer.set_result(path if request.kind == "checkpoint" else None)
+            request.answer.set_result(None)
         self._commands = []
         reason = "all steps done" if last.step == self._feed.schedule.total_steps else "stopped"
         self._log.add(RunFinished(last.step, last.weights_digest, reason))
@@ -568,6 +657,7 @@ class Driver:
         """Leave nothing behind."""
         self.requests.close(self.outcome.error or RayDnnError("The run has ended."))
         try:
+            self._checkpoints.close()
             self._feed.close()
             self._guard.close()
             self._fleet.close("the run has ended")
@@ -576,6 +666,7 @@ class Driver:
         self.outcome.step = self._recorder.steps
         self.outcome.metrics = self._recorder.final(self._admission.exact)
         self.outcome.history = self._recorder.history
+        self.outcome.kept = list(self._checkpoints.kept)
         self._recorder.close()
 
 

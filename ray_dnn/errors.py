@@ -11,7 +11,8 @@
     ├── AdmissionError             an agent computes other bits than the rest. Use like machines or deterministic=False.
     ├── AgentLostError             agents are gone and the run may not go on without them. Raise max_failures.
     ├── AuditError                 agents compute differently, and it cannot be told which are wrong. Use three or more.
-    ├── CheckpointError            a checkpoint is not what its manifest says.
+    ├── CheckpointError            a checkpoint is not what its manifest says, or cannot be written.
+    ├── FencedError                the run was started again meanwhile under its name: this attempt is over.
     ├── LedgerError                the ledger contradicts itself: a bug of ray_dnn. Please report it.
     └── ProtocolError              agents disagree about where they are: a bug of ray_dnn. Please report it.
 
@@ -71,7 +72,11 @@ class AuditError(RayDnnError):
 
 
 class CheckpointError(RayDnnError):
-    """A checkpoint is not what its manifest says it is."""
+    """A checkpoint is not what its manifest says it is, or cannot be written."""
+
+
+class FencedError(RayDnnError):
+    """A newer attempt of the same run has been started."""
 
 
 class LedgerError(RayDnnError):

@@ -248,6 +248,47 @@ class CheckpointWritten(Event):
 
 
 @dataclass(frozen=True)
+class CheckpointFailed(Event):
+    step: int
+    reason: str
+    again_s: float
+
+    def text(self) -> str:
+        return f"checkpoint of step {self.step} failed: {self.reason}; training goes on, next try in {self.again_s:g} s"
+
+
+@dataclass(frozen=True)
+class CheckpointsLate(Event):
+    step: int
+    now: int
+
+    def text(self) -> str:
+        return (
+            f"the checkpoint of step {self.step} was complete only at step {self.now}: storage is slower than "
+            "checkpoint_every asks for, so some checkpoints are left out"
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointDamaged(Event):
+    path: str
+    reason: str
+
+    def text(self) -> str:
+        return f"a checkpoint cannot be used: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RunResumed(Event):
+    step: int
+    path: str
+    attempt: int
+
+    def text(self) -> str:
+        return f"goes on after step {self.step}, from the checkpoint of attempt {self.attempt} in {self.path}"
+
+
+@dataclass(frozen=True)
 class RunFinished(Event):
     step: int
     weights_digest: str

@@ -28,6 +28,7 @@ class LedgerHead:
 
     Attributes:
         units: of the dataset.
+        first_step: where the attempt began.
         through: whether rows are numbered through (see `ray_dnn.sampler.Numbering`).
     """
 
@@ -35,6 +36,7 @@ class LedgerHead:
     schedule: Schedule
     units: int
     through: bool
+    first_step: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -79,24 +81,33 @@ class Ledger:
     """A run's ledger, read and verified.
 
     Attributes:
-        head: its first line.
+        head: the first line of the last attempt.
         lines: committed steps, in order.
         units: rows of each unit that was counted.
     """
 
-    def __init__(self, lines: Iterable[str]):
-        texts = iter(lines)
+    def __init__(self, attempts: Iterable[Iterable[str]]):
+        """``attempts``: the lines of each, in order. One that goes on from a checkpoint takes back what came after."""
+        self.lines: list[LedgerLine] = []
+        self.units: dict[int, int] = {}
+        for attempt in attempts:
+            self._read(iter(attempt))
+
+    def _read(self, texts: Iterator[str]) -> None:
         head = json.loads(next(texts))
         order, schedule = RowOrder(**head.pop("order")), Schedule(**head.pop("schedule"))
         self.head = LedgerHead(order, schedule, **head)
-        self.lines: list[LedgerLine] = []
-        self.units: dict[int, int] = {}
+        if self.head.first_step > len(self.lines):
+            raise LedgerError(f"An attempt began at step {self.head.first_step}, of {len(self.lines)} that there are.")
+        del self.lines[self.head.first_step :]
         for text in texts:
             fields = json.loads(text)
             if "units" in fields:
                 self.units |= dict(zip(fields["units"], fields["rows"], strict=True))
                 continue
             line = LedgerLine(**fields | {"rows": tuple(fields["rows"]), "digests": tuple(fields["digests"])})
+            if line.step < len(self.lines) and line == self.lines[line.step]:
+                continue  # it was written twice, for the storage had failed in between
             if line.step != len(self.lines):
                 raise LedgerError(f"The ledger has step {line.step} where step {len(self.lines)} belongs.")
             self.lines.append(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -124,11 +124,14 @@ def check_run(given: RunConfig, config: TrainConfig) -> None:
         raise ConfigError("RunConfig(callbacks=…): not supported. Follow handle.events() instead.")
     if run.logging_config is not None and run.logging_config != LoggingConfig():
         raise ConfigError("RunConfig(logging_config=…): not supported. Configure the logger 'ray_dnn' instead.")
-    if (run.checkpoint_config or CheckpointConfig()) != CheckpointConfig():
-        raise ConfigError(
-            f"RunConfig(checkpoint_config={run.checkpoint_config}): there is one checkpoint, at the end; which ones to "
-            "keep cannot be chosen yet. Leave it out."
-        )
+    keep, plain = run.checkpoint_config or CheckpointConfig(), CheckpointConfig()
+    honoured = ("num_to_keep", "checkpoint_score_attribute", "checkpoint_score_order")
+    for name in sorted({f.name for f in fields(CheckpointConfig)} - set(honoured)):
+        if getattr(keep, name) != getattr(plain, name):
+            raise ConfigError(
+                f"CheckpointConfig({name}={getattr(keep, name)!r}): not supported. Leave it out; "
+                "TrainConfig(checkpoint_every=…) says when checkpoints are written."
+            )
     failure, default = run.failure_config or FailureConfig(), FailureConfig()
     for name in _FAILURE_FIELDS:
         value = getattr(failure, name, None)

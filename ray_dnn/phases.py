@@ -38,6 +38,8 @@ class Phase(enum.Enum):
     COMBINED = "combined"  # the exchange is complete, nothing is applied
     APPLYING = "applying"  # the update
     EVALUATING = "evaluating"
+    SAVING = "saving"  # copying the state for a checkpoint
+    RESTORING = "restoring"  # loading a checkpoint
     GATHERING = "gathering"  # results of an evaluation, or parts of a replica that is divided over several agents
     FINISHING = "finishing"  # digests and weights, after the last step
 
@@ -52,10 +54,12 @@ _PATIENT = {
     Phase.ADMISSION: Patient.SLOW,
     Phase.READING: Patient.SLOW,
     Phase.FINISHING: Patient.SLOW,
+    Phase.RESTORING: Patient.SLOW,
     Phase.COMPUTING: Patient.WORKING,
     Phase.COMBINED: Patient.WORKING,
     Phase.APPLYING: Patient.WORKING,
     Phase.EVALUATING: Patient.WORKING,
+    Phase.SAVING: Patient.WORKING,
 }
 UNTIL_READY = (Phase.STARTING, Phase.BUILDING, Phase.ADMISSION)  # before an agent takes part in any step
 _PHASES = list(Phase)

@@ -22,9 +22,11 @@ class Recorder:
 
     Attributes:
         steps: committed and recorded.
+        first_step: where this attempt began.
         serial: of the newest report; the next one must be the one behind it.
         schedule: of the job, as far as its rows are known.
         history: evaluations, as ``TrainSpec.stop`` sees them.
+        units: rows of those units of the training set that had to be counted.
     """
 
     def __init__(self, job: Job, folder: RunFolder, log: EventLog, head: LedgerHead):
@@ -36,17 +38,36 @@ class Recorder:
         self._rows = 0
         self._waited = self._waited_in_all = 0.0  # seconds that the reporting agent waited for rows, lately and ever
         self._started = self._told = time.time()
-        self._told_step = self._told_rows = 0
-        self._skipped = 0
+        self._told_rows = 0
+        self._skipped_before = 0 if job.resume is None else job.resume.manifest.skipped
+        self._skipped: list[int] = []  # steps, of this attempt
         self._agents: set[str] = set()
         self._generations = 0
-        self.steps = self.serial = 0
         self.schedule = head.schedule
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = [] if job.resume is None else list(job.resume.manifest.history)
+        self.steps = self.first_step = self._told_step = job.first_step
+        self.serial = self.steps + len(self.history)
+        self.units: dict[int, int] = {}
+        self._through = head.through
 
     def counted(self, rows: Mapping[int, int]) -> None:
         """Some units of the training set have so many rows."""
         self._ledger.write(units_line(rows))
+        if not self._through:
+            self.units |= rows
+
+    def skipped_before(self, step: int) -> int:
+        """How many steps before this one changed nothing."""
+        return self._skipped_before + sum(skipped < step for skipped in self._skipped)
+
+    @property
+    def failing_since(self) -> float | None:
+        """Since when the ledger cannot be written."""
+        return self._ledger.failing_since
+
+    def flush(self) -> None:
+        """Have all that is known written."""
+        self._ledger.flush()
 
     def add(self, report: Report) -> bool:
         """Record what was committed. Returns False where it is known already.
@@ -82,7 +103,7 @@ class Recorder:
         if self._last is None or self._last.generation != report.generation:
             self._generation_begins(report)
         if report.skipped:
-            self._skipped += 1
+            self._skipped.append(report.step)
             self._log.add(StepSkipped(report.step, report.skipped))
         self._last = report
         self._progress(len(report.members) * self._job.replica_size)
@@ -144,13 +165,21 @@ class Recorder:
             metrics |= {k: v for k, v in self.history[-1].items() if k != "step"}
         return metrics | {
             "steps": self.steps,
-            "rows": self._rows,
+            "rows": self._rows_before() + self._rows,
             "rows_waited_s": self._waited_in_all,
-            "skipped_steps": self._skipped,
+            "skipped_steps": self.skipped_before(self.steps),
             "agents": len(self._agents),
             "generations": self._generations,
             "same_bits": exact,
         }
+
+    def _rows_before(self) -> int:
+        """That were used before this attempt."""
+        step, schedule = self.first_step, self.schedule
+        if schedule.rows is None:
+            return step * schedule.local_batches * schedule.batch_size
+        epochs, within = divmod(step, schedule.steps_per_epoch)
+        return epochs * schedule.rows + within * schedule.local_batches * schedule.batch_size
 
     def close(self) -> None:
         self._ledger.close()

@@ -13,7 +13,7 @@ from ray_dnn.errors import RayDnnError
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """ "stop", "checkpoint" or "resize" at the next step boundary, or "interrupt" at once."""
+    """ "stop", "checkpoint" or "resize" at the next step boundary, or "interrupt" soon, the second time at once."""
 
     kind: str
     value: int = 0

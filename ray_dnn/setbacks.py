@@ -35,8 +35,9 @@ class Setbacks:
         """So many replicas are left."""
         if count == 0 and step:
             return (
-                f"All agents were lost after step {step} ({reason}), and with them the state. No checkpoint that the "
-                "run could go on from exists. Allow more agents, or keep some of them on machines that stay."
+                f"All agents were lost after step {step} ({reason}), and with them the state. Start the run again under "
+                "its name: it goes on from its last checkpoint (see TrainConfig(checkpoint_every=…)). Allow more agents, "
+                "or keep some of them on machines that stay."
             )
         if count < self._minimum:
             self._undisturbed_until = 0.0

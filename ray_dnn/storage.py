@@ -1,69 +1,132 @@
-"""A run's folder: the event log, the ledger and the checkpoints, on any filesystem that pyarrow knows."""
+"""A run's folder: the event log, the ledger and the checkpoints, on any filesystem that pyarrow knows.
+
+All that is written while a run goes on is written by one thread. Where the storage refuses, it is tried again, for a
+while, and the run goes on meanwhile.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import secrets
+import socket
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pyarrow.fs
 
-from ray_dnn.checkpoint import open_folder
+from ray_dnn.checkpoint import Place
 from ray_dnn.errors import ConfigError
 
 EVENTS = "events"
 LEDGER = "ledger"
+CHECKPOINT = "checkpoint"
+_ATTEMPT = "attempt"
 
 _FLUSH_LOCAL_S = 0.5
 _FLUSH_REMOTE_S = 15.0
+_AGAIN_S, _AGAIN_MAX_S = 0.5, 15.0  # until what the storage refused is tried again
+_CLOSE_S = 30.0  # that the last lines may take
+
+T = TypeVar("T")
 
 
 class RunFolder:
     """Where a run writes. Every attempt has files of its own; nothing is ever overwritten.
 
     Attributes:
-        filesystem, path: of the folder.
-        attempt: number of this attempt, from 1.
+        place: the folder.
+        attempt: number of this attempt, from 1; 0 until it is claimed.
     """
 
     def __init__(self, storage_path: str, name: str, filesystem: pyarrow.fs.FileSystem | None = None):
-        self.filesystem, root = (filesystem, storage_path) if filesystem is not None else open_folder(storage_path)
-        self.path = f"{root.rstrip('/')}/{name}"
+        root = Place(filesystem, storage_path) if filesystem is not None else Place.of(storage_path)
+        self.place = Place(root.filesystem, f"{root.path.rstrip('/')}/{name}")
+        self.attempt = 0
+        self._io = ThreadPoolExecutor(1, "ray_dnn-storage")
         try:
-            self.filesystem.create_dir(self.path, recursive=True)
-            earlier = self.attempts()
+            self.place.filesystem.create_dir(self.place.path, recursive=True)
+            self.names()
         except OSError as error:
             raise ConfigError(
-                f"RunConfig(storage_path={storage_path!r}): {self.path} cannot be used: {error}. Give a folder "
+                f"RunConfig(storage_path={storage_path!r}): {self.place.path} cannot be used: {error}. Give a folder "
                 "that can be written."
             ) from error
-        self.attempt = max(earlier, default=0) + 1
 
-    def attempts(self) -> list[int]:
-        """The attempts that have left an event log."""
+    @property
+    def path(self) -> str:
+        return self.place.path
+
+    @property
+    def filesystem(self) -> pyarrow.fs.FileSystem:
+        return self.place.filesystem
+
+    def names(self) -> list[str]:
+        """What is in it."""
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        names = [info.base_name for info in self.filesystem.get_file_info(selector)]
-        found = {int(m.group(1)) for n in names if (m := re.match(rf"{EVENTS}-(\d+)", n))}
-        return sorted(found)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def claim(self) -> None:
+        """Become the newest attempt. Of two that do so at once, one comes after the other."""
+        about = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
+        while True:
+            number = max(self._claims(), default=0) + 1
+            mine = f"{_ATTEMPT}-{number:04d}-{secrets.token_hex(8)}.json"
+            self.place.write(mine, about)
+            if mine == min(name for n, names in self._claims().items() if n == number for name in names):
+                self.attempt = number
+                return
+
+    def _claims(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for name in self.names():
+            if match := re.fullmatch(rf"{_ATTEMPT}-(\d+)-\w+\.json", name):
+                found.setdefault(int(match[1]), []).append(name)
+        return found
+
+    def newer(self) -> int | None:
+        """The number of an attempt that was claimed after this one."""
+        newest = max(self._claims(), default=0)
+        return newest if newest > self.attempt else None
+
+    def checkpoints(self) -> list[str]:
+        """The names of the folders of checkpoints, complete or not, the newest first."""
+        return sorted((name for name in self.names() if name.startswith(f"{CHECKPOINT}-")), reverse=True)
 
     def append_file(self, kind: str) -> LineFile:
         """A file of this attempt to append lines to."""
-        return LineFile(self.filesystem, f"{self.path}/{kind}-{self.attempt:04d}")
+        return LineFile(self.place, f"{kind}-{self.attempt:04d}", self.do)
+
+    def do(self, call: Callable[[], T]) -> Future[T]:
+        """Have something done by the thread that writes, after all that it was asked before."""
+        return self._io.submit(call)
+
+    def close(self) -> None:
+        """Nothing is written any more."""
+        self._io.shutdown(wait=False)
 
 
 class LineFile:
-    """Lines that are appended. Where storage cannot append, each flush becomes a numbered part of its own."""
+    """Lines that are appended. They are in numbered parts: one where storage can append and does not fail.
 
-    def __init__(self, filesystem: pyarrow.fs.FileSystem, stem: str):
-        self._filesystem = filesystem
-        self._stem = stem
-        self._lines: list[str] = []  # not flushed yet
+    Attributes:
+        failing_since: when the storage began to refuse; None: it does not.
+    """
+
+    def __init__(self, place: Place, stem: str, do: Callable[[Callable[[], None]], Future[None]]):
+        self._place, self._stem, self._do = place, stem, do
+        self._lines: list[str] = []  # that no thread has been asked to write
         self._flushed = time.monotonic()
+        self.failing_since: float | None = None
+        # Of the thread that writes:
+        self._unwritten = b""
+        self._stream: Any = None
         self._parts = 0
-        try:
-            self._stream = filesystem.open_append_stream(f"{stem}.jsonl")
-        except NotImplementedError:
-            self._stream = None
-        self._every = _FLUSH_LOCAL_S if self._stream else _FLUSH_REMOTE_S
+        self._every = _FLUSH_LOCAL_S
+        self._append(b"")  # a folder that cannot be written is refused here
 
     def write(self, line: str) -> None:
         """Append a line; it reaches storage within seconds, or at `flush`."""
@@ -71,41 +134,85 @@ class LineFile:
         if time.monotonic() - self._flushed >= self._every:
             self.flush()
 
-    def flush(self) -> None:
+    def flush(self) -> Future[None]:
+        """Have all lines written. The answer comes when that has been tried."""
         self._flushed = time.monotonic()
-        if not self._lines:
+        lines, self._lines = self._lines, []
+        data = "".join(f"{line}\n" for line in lines).encode()
+        return self._do(lambda: self._try(data))
+
+    def _try(self, data: bytes) -> None:
+        self._unwritten += data
+        if not self._unwritten:
             return
-        data = ("\n".join(self._lines) + "\n").encode()
-        if self._stream is not None:
+        try:
+            self._append(self._unwritten)
+            self._unwritten, self.failing_since = b"", None
+        except OSError:
+            self.failing_since = self.failing_since or time.monotonic()
+            self._stream = None  # whose end may be torn: go on in another part
+
+    def _append(self, data: bytes) -> None:
+        """Write to the end of the present part, or a part of its own."""
+        if self._stream is None:
+            try:
+                self._stream = self._place.filesystem.open_append_stream(f"{self._place.path}/{self._part()}")
+            except NotImplementedError:
+                self._every = _FLUSH_REMOTE_S
+                if data:
+                    self._place.write(self._part(), data)
+                    self._parts += 1
+                return
+            self._parts += 1
+        if data:
             self._stream.write(data)
             self._stream.flush()
-        else:
-            with self._filesystem.open_output_stream(f"{self._stem}.{self._parts:06d}.jsonl") as stream:
-                stream.write(data)
-            self._parts += 1
-        self._lines = []
+
+    def _part(self) -> str:
+        number = f".{self._parts:06d}" if self._parts or self._every == _FLUSH_REMOTE_S else ""
+        return f"{self._stem}{number}.jsonl"
 
     def close(self) -> None:
-        self.flush()
+        """Write what is left, if the storage takes it within a while."""
+        deadline = time.monotonic() + _CLOSE_S
+        pause = _AGAIN_S
+        self.flush().result()
+        while self.failing_since is not None and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, _AGAIN_MAX_S)
+            self.flush().result()
         if self._stream is not None:
             self._stream.close()
 
 
-def read_lines(filesystem: pyarrow.fs.FileSystem, root: str, kind: str, attempt: int | None = None) -> list[str]:
-    """The lines of a run's file, all parts together.
+def read_lines(place: Place, kind: str, attempt: int | None = None) -> list[str]:
+    """The lines of one attempt's file, all parts together.
 
     Args:
-        root: the run's folder.
+        place: the run's folder.
         kind: `EVENTS` or `LEDGER`.
         attempt: None for the last one.
     """
-    names = sorted(info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root)))
-    mine = [n for n in names if n.startswith(f"{kind}-")]
-    if not mine:
-        raise FileNotFoundError(f"{root} holds no {kind} of any attempt")
-    prefix = mine[-1][: len(kind) + 5] if attempt is None else f"{kind}-{attempt:04d}"
+    found = _parts(place, kind)
+    if not found or (attempt is not None and attempt not in found):
+        raise FileNotFoundError(f"{place.path} holds no {kind} of {'any attempt' if attempt is None else attempt}")
     lines: list[str] = []
-    for name in (n for n in mine if n.startswith(prefix)):
-        with filesystem.open_input_file(f"{root}/{name}") as file:
-            lines += file.read().decode().splitlines()
+    for name in found[max(found) if attempt is None else attempt]:
+        lines += place.read(name).decode().split("\n")[:-1]  # behind the last line's end is what was torn off
     return lines
+
+
+def attempts(place: Place, kind: str) -> list[int]:
+    """The attempts that have left such a file."""
+    return sorted(_parts(place, kind))
+
+
+def _parts(place: Place, kind: str) -> Mapping[int, list[str]]:
+    """The names of the parts of each attempt's file, in order."""
+    selector = pyarrow.fs.FileSelector(place.path)
+    found: dict[int, list[str]] = {}
+    names = [info.base_name for info in place.filesystem.get_file_info(selector)]
+    for name in sorted(names, key=lambda name: name.removesuffix(".jsonl")):  # the first one may have no number
+        if match := re.fullmatch(rf"{kind}-(\d+)(\.\d+)?\.jsonl", name):
+            found.setdefault(int(match[1]), []).append(name)
+    return found

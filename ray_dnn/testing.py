@@ -9,12 +9,12 @@ import pyarrow.fs
 import ray
 from ray.train import Result
 
-from ray_dnn.checkpoint import open_folder
+from ray_dnn.checkpoint import Place
 from ray_dnn.errors import ConfigError
 from ray_dnn.events import Event, parse
 from ray_dnn.faults import Claims, Corrupt, Fault, FaultPlan, Kill, Partition, Slow, Stop, claims_of
 from ray_dnn.ledger import Ledger
-from ray_dnn.storage import EVENTS, LEDGER, read_lines
+from ray_dnn.storage import EVENTS, LEDGER, attempts, read_lines
 from ray_dnn.trainer import Handle, Trainer
 
 __all__ = [
@@ -109,15 +109,19 @@ def fit_with_faults(trainer: Trainer, faults: Sequence[Fault], sizes: Mapping[in
 
 def read_events(run: Result | str, attempt: int | None = None) -> list[Event]:
     """The event log of a run: its result, or the path or URI of its folder. ``attempt``: None for the last one."""
-    return [parse(line) for line in read_lines(*_folder(run), EVENTS, attempt)]
+    return [parse(line) for line in read_lines(_folder(run), EVENTS, attempt)]
 
 
 def read_ledger(run: Result | str, attempt: int | None = None) -> Ledger:
-    """The ledger of a run: its result, or the path or URI of its folder. ``attempt``: None for the last one."""
-    return Ledger(read_lines(*_folder(run), LEDGER, attempt))
+    """The ledger of a run: its result, or the path or URI of its folder.
+
+    ``attempt``: as it was when that attempt ended; None for the last one.
+    """
+    folder = _folder(run)
+    return Ledger(read_lines(folder, LEDGER, n) for n in attempts(folder, LEDGER) if attempt is None or n <= attempt)
 
 
-def _folder(run: Result | str) -> tuple[pyarrow.fs.FileSystem, str]:
+def _folder(run: Result | str) -> Place:
     if isinstance(run, Result):
-        return run._storage_filesystem or pyarrow.fs.LocalFileSystem(), run.path
-    return open_folder(run)
+        return Place(run._storage_filesystem or pyarrow.fs.LocalFileSystem(), run.path)
+    return Place.of(run)

@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,18 +17,21 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import ray
-from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 
-from ray_dnn.agent import Job, Striker
+from ray_dnn.agent import Begun, Job, Resume, Striker
+from ray_dnn.checkpoint import Manifest, Place, verify
 from ray_dnn.cluster import Places
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
-from ray_dnn.driver import Driver, Outcome, Size
+from ray_dnn.driver import Driver, Outcome, Past, Size
 from ray_dnn.errors import ConfigError, UserCodeError
-from ray_dnn.events import Event, EventLog, RunStarted
+from ray_dnn.events import CheckpointDamaged, Event, EventLog, RunResumed, RunStarted
 from ray_dnn.feed.datasets import open_datasets
 from ray_dnn.feed.source import Source
+from ray_dnn.identity import of_job
 from ray_dnn.limits import Limits, check_audit, check_run, check_scaling
 from ray_dnn.liveness import Patience
+from ray_dnn.resume import find
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
 
@@ -52,7 +55,8 @@ class Trainer:
         replica_size: agents that together hold one replica of the model (see `ray_dnn.parallel`).
         patience: how long agents that hang are waited for.
         audit: what is compared to find agents that compute wrongly; None: nothing.
-        start_from, load: old weights to begin a new run with.
+        start_from: a checkpoint (`ray.train.Checkpoint`, path or URI) to begin a new run with.
+        load: what of it: "weights", or "all": the state of optimizers, schedules and ``extra_state`` too.
 
     Raises:
         ConfigError: something cannot be done as it was asked for. Nothing has been started.
@@ -90,13 +94,8 @@ class Trainer:
             raise ConfigError(f"patience={self.patience!r}: must be a ray_dnn.Patience.")
         if not isinstance(self.audit, Audit | None):
             raise ConfigError(f"audit={self.audit!r}: must be a ray_dnn.Audit, or None.")
-        if self.config.checkpoint_every is not None:
-            raise ConfigError(
-                f"TrainConfig(checkpoint_every={self.config.checkpoint_every}): checkpoints during training are not "
-                "supported yet. Leave it None: the weights are written at the end, and by handle.checkpoint()."
-            )
-        if self.start_from is not None:
-            raise ConfigError("Trainer(start_from=…) is not supported yet. Load the weights in build_model.")
+        if self.load not in ("weights", "all"):
+            raise ConfigError(f"Trainer(load={self.load!r}): must be 'weights' or 'all'.")
         check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
         if self.audit is not None:
             check_audit(self.scaling_config, self.config, self.replica_size, self.strategy)
@@ -107,7 +106,8 @@ class Trainer:
 
         Returns:
             ``metrics`` holds the last step's and the last evaluation's metrics, ``weights_digest``, ``steps``,
-            ``rows``, ``agents`` and ``same_bits``; ``metrics_dataframe`` the evaluations; ``checkpoint`` the weights.
+            ``rows``, ``agents`` and ``same_bits``; ``metrics_dataframe`` the evaluations; ``checkpoint`` the last one,
+            ``best_checkpoints`` all that are kept, in the order of their steps.
 
         Raises:
             ray.train.TrainingFailedError: with the user's exception or a `ray_dnn.errors` one as its cause.
@@ -130,31 +130,72 @@ class Trainer:
         if run.storage_path is None or run.name is None:
             raise ConfigError("RunConfig needs a storage_path and a name.")
         folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
+        begun = self._begun()
+        train = sources["train"]
+        identity = of_job(self.config, self.strategy, self.replica_size, len(train.units), train.counts)
+        if begun is not None:
+            identity["start_from"] = f"{self.load} of {begun.fingerprint}"
+        damaged: list[CheckpointDamaged] = []
+        resume, kept = find(folder, identity, damaged.append)
+        past = Past(identity, kept, run.checkpoint_config or CheckpointConfig())
         failures = run.failure_config.max_failures if run.failure_config else 0
         limits = self._limits()
         size = Size(limits.least, limits.most, failures, script)
-        return Handle(self, sources, size, limits.places(run, self.config, faults), folder)
+        evaluated = tuple(name for name in sources if name != "train")
+        job = self._job(evaluated, begun, resume)
+        folder.claim()
+        return Handle(self, job, sources, size, limits.places(run, self.config, faults), folder, past, damaged)
+
+    def _begun(self) -> Begun | None:
+        """The checkpoint that the run is to begin with, verified."""
+        if self.start_from is None:
+            return None
+        place = Place.of(self.start_from)
+        manifest = Manifest.read(place)
+        verify(place, manifest)
+        if self.load == "all" and manifest.replica_size != self.replica_size:
+            raise ConfigError(
+                f"start_from: {place.path} was written with replica_size={manifest.replica_size}, so only its weights "
+                "can be loaded. Use load='weights'."
+            )
+        return Begun(place, manifest, self.load == "all")
 
     def _limits(self) -> Limits:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
-    def _job(self, evaluated: tuple[str, ...]) -> Job:
+    def _job(self, evaluated: tuple[str, ...], begun: Begun | None, resume: Resume | None) -> Job:
         secret = secrets.token_bytes(32)
-        return Job(self.spec, self.config, self.strategy, evaluated, secret, self.replica_size, self.audit)
+        return Job(
+            self.spec, self.config, self.strategy, evaluated, secret, self.replica_size, self.audit, begun, resume
+        )
 
 
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
 
-    def __init__(self, trainer: Trainer, sources: Mapping[str, Source], size: Size, places: Places, folder: RunFolder):
+    def __init__(
+        self,
+        trainer: Trainer,
+        job: Job,
+        sources: Mapping[str, Source],
+        size: Size,
+        places: Places,
+        folder: RunFolder,
+        past: Past,
+        damaged: Sequence[CheckpointDamaged],
+    ):
         self._trainer, self._folder = trainer, folder
         self._file = folder.append_file(EVENTS)
         self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
         about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": sources["train"].rows}
         name = str(trainer.run_config.name)
         self._log.add(RunStarted(name, folder.path, folder.attempt, about))
-        job = trainer._job(tuple(name for name in sources if name != "train"))
-        self._driver = Driver(job, sources, size, places, trainer.patience, folder, self._log)
+        for event in damaged:
+            self._log.add(event)
+        if job.resume is not None:
+            manifest = job.resume.manifest
+            self._log.add(RunResumed(manifest.step, job.resume.place.path, manifest.attempt))
+        self._driver = Driver(job, sources, size, places, trainer.patience, folder, self._log, past)
         self._outcome: Future[Outcome] = Future()
         self._thread = threading.Thread(target=self._run, name="ray_dnn-driver", daemon=True)
         self._thread.start()
@@ -167,6 +208,7 @@ class Handle:
         finally:
             self._log.close()
             self._file.close()
+            self._folder.close()
 
     def events(self) -> Iterator[Event]:
         """All events from the first one on, as they come, until the run has ended. Any number of readers."""
@@ -177,7 +219,7 @@ class Handle:
         self._driver.requests.make("stop")
 
     def checkpoint(self) -> Checkpoint:
-        """Write the weights at the next step boundary, and wait for it."""
+        """Write a checkpoint of the next step boundary, and wait for it. Training goes on meanwhile."""
         path = self._driver.requests.make("checkpoint").result()
         return Checkpoint(path, self._folder.filesystem)
 
@@ -211,14 +253,23 @@ class Handle:
             error=None,
             path=folder.path,
             metrics_dataframe=pd.DataFrame(outcome.history) if outcome.history else None,
-            best_checkpoints=[(checkpoint, metrics)],
+            best_checkpoints=[
+                (checkpoint, metrics)
+                if kept.name == outcome.checkpoint_path.rsplit("/", 1)[1]
+                else (Checkpoint(f"{folder.path}/{kept.name}", folder.filesystem), dict(kept.metrics))
+                for kept in outcome.kept
+            ],
             _storage_filesystem=folder.filesystem,
         )
 
     def _interrupt(self) -> None:
-        """End all agents at once."""
+        """End all agents: after a last checkpoint, or at once when Ctrl-C is pressed again."""
         self._driver.requests.make("interrupt")
-        self._thread.join()
+        try:
+            self._thread.join()
+        except (KeyboardInterrupt, SystemExit):
+            self._driver.requests.make("interrupt")
+            self._thread.join()
 
 
 def _failure(outcome: Outcome) -> TrainingFailedError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class TrainingState:
         config, spec: of the job.
     """
 
-    def __init__(self, spec: TrainSpec, config: TrainConfig):
+    def __init__(self, spec: TrainSpec, config: TrainConfig, begin: Callable[[nn.Module], None] | None = None):
+        """``begin``: sets the model's weights, where it does not begin with those that it is built with."""
         self.spec = spec
         self.config = config
         self.step = 0
@@ -66,6 +67,8 @@ class TrainingState:
         self.model = spec.model()
         _check_model(self.model)
         _align(self.model)
+        if begin is not None:
+            begin(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.buffers = Buffers(self.model)
         made = spec.optimizer(self.model)

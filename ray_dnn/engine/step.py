@@ -457,6 +457,11 @@ class Engine:
         self.states.clear()
         self._folding.clear()
 
+    def begin_anew(self) -> None:
+        """Count from the first step again, with the state that there is."""
+        self.state.step = 0
+        self.history.clear()
+
     # -- evaluate ----------------------------------------------------------------------------------------------------
 
     @property

@@ -15,6 +15,9 @@ class Decisions(Protocol):
     def held(self) -> int:
         """The newest decision such that this agent holds all decisions up to it."""
 
+    def save(self, step: int, agreed: int) -> None:
+        """Take the snapshots that are due before ``step``, when every agent holds the decisions up to ``agreed``."""
+
     def due(self, step: int, agreed: int) -> int | None:
         """The decision to stop for before ``step``, when every agent holds those up to ``agreed``; None: go on."""
 
@@ -35,6 +38,7 @@ def train(
             report(engine.evaluate())
             continue
         if engine.at_boundary:
+            decisions.save(engine.state.step, agreed)
             if finish or engine.finished:
                 break
             if (decision := decisions.due(engine.state.step, agreed)) is not None:

@@ -76,6 +76,10 @@ class WorkerStates:
             workers = range(self._state.config.virtual_workers)
             self._committed = {w: codec.encode(self._strategy.init_worker(self._state, w)) for w in workers}
 
+    def restore(self, states: Mapping[int, bytes]) -> None:
+        """Hold these, encoded, by worker: of every worker."""
+        self._committed = dict(states)
+
     def clear(self) -> None:
         """Hold nothing: first states are not what a newcomer needs."""
         self._committed = {}
