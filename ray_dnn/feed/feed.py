@@ -72,7 +72,7 @@ class Feed:
         self._evaluated: list[Evaluated] = []
         self._changed = threading.Condition()  # guards the four above
         self._room, self._hands = Room.of_cluster(), Hands()
-        self._dealers: cycle[Hand] | None = None
+        self._dealers: cycle[Hand] | None = None  # once there is much to deal out
         self._train = self._reader(sources["train"], counts or {})
         self._others = [self._reader(source, {}) for name, source in sources.items() if name != "train"]
         if schedule.rows is None and len(self._train.counts) == len(sources["train"].units):
@@ -124,6 +124,8 @@ class Feed:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if not self._train.home:
+            self._dealer()  # which starts while rows are read
         step = self._first_step
         self._locate(step)
         while (total := self.schedule.total_steps) is None or step < total:
@@ -259,15 +261,19 @@ class Feed:
     def _tables(self, what: Deal) -> tuple[Any, ...]:
         """Deal rows out: few of them here, which takes no process, many elsewhere."""
         if sum(lot.rows for lot in what.lots) * self._train.row_bytes >= HOME_BYTES:
-            if self._dealers is None:
-                nodes = sum(node["Alive"] for node in ray.nodes())
-                self._dealers = cycle(self._hands.take({}, home=False) for _ in range(min(nodes, _AHEAD)))
-            return next(self._dealers).deal(what, self.schedule.virtual_workers)
+            return self._dealer().deal(what, self.schedule.virtual_workers)
         references = list({lot.ref for lot in what.lots})
         while len(ray.wait(references, num_returns=len(references), timeout=TICK_S)[0]) < len(references):
             if not self._wanted:
                 raise StoppedError
         return tuple(map(ray.put, what.tables()))
+
+    def _dealer(self) -> Hand:
+        """Who deals next: each in its turn."""
+        if self._dealers is None:
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            self._dealers = cycle(self._hands.take({}, home=False) for _ in range(min(nodes, _AHEAD)))
+        return next(self._dealers)
 
     def _usual_steps(self) -> int:
         rows = self.schedule.local_batches * self.schedule.batch_size

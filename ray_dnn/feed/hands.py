@@ -45,7 +45,8 @@ class _Hand:
         self._sources: dict[str, Source] = {}  # by reference
 
     def up(self) -> None:
-        """Here it is."""
+        """Load what takes long."""
+        import ray.data  # noqa: F401
 
     def read(self, order: Order) -> Iterator[Any]:
         """See `ray_dnn.feed.reading.read`."""
@@ -76,14 +77,16 @@ class Hand:
         self.kind = kind
         process: Any = ray.remote(_Hand)
         self._actor = process.options(**_KEPT | dict(options)).remote()
-        self._up = self._actor.up.remote()
+        self._up: Any = None  # a reference that resolves when it is able to read
 
     def up(self) -> bool:
-        """Whether it has begun to work."""
+        """Whether it has begun to read."""
         return bool(ray.wait([self._up], timeout=0)[0])
 
     def read(self, order: Order) -> Any:
         """A generator of references, a table's and a description's by turns."""
+        if self._up is None:
+            self._up = self._actor.up.remote()
         return self._actor.read.options(**_STREAMED).remote(order)
 
     def deal(self, what: Deal, workers: int) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ _CALL_UNITS = 64  # that one call reads at most
 _FIRST_GUESS = 4 << 20  # bytes of a unit, while nothing is known
 HOME_BYTES = 1 << 20  # less than that is read and dealt out where the driver is
 _CALL_BYTES, _CALLS_IN_STORE = 16 << 20, 32  # that one call makes: so much, or such a part of the store
-TICK_S = 0.5  # between two looks whether rows are still wanted
-_PATIENCE_S = 0.1  # of waiting, before more is read at once
+TICK_S = 0.2  # between two looks whether rows are still wanted
+_PATIENCE_S = 1.0  # of waiting, before more is read at once: as long as it takes to start a process
 _SAY_S = 10.0  # of waiting, before it is said; then twice as long, and so on
 
 
@@ -41,6 +41,7 @@ class Reader:
         news: those of them that nobody has been told of.
         row_bytes: of an average row.
         read: rows, those that were only counted too.
+        home: whether the dataset is so small that it is read where the driver is.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Reader:
         self._bytes = self._units = self._rows = 0  # that were shipped so far
         self.read = 0
         self._at_once = 1  # calls; as many as it takes
-        self._home = sum(self._size(unit) for unit in range(len(source.units))) < HOME_BYTES
+        self._hurried = 0.0  # when that was raised, or a process had not begun yet
+        self.home = sum(self._size(unit) for unit in range(len(source.units))) < HOME_BYTES
 
     @property
     def row_bytes(self) -> float:
@@ -123,7 +125,7 @@ class Reader:
         branch = self.source.branch(numbers[0])
         if branch.held:
             return _Call(numbers)
-        hand = self._hands.take(branch.options, self._home)
+        hand = self._hands.take(branch.options, self.home)
         firsts = tuple(self.numbering.first(unit) for unit in numbers)
         order = Order(self._reference, tuple(numbers), firsts, self._seed, epoch, int(self._room.call / 2), ship)
         return _Call(numbers, hand, hand.read(order))
@@ -141,7 +143,7 @@ class Reader:
 
     def _ready(self, call: _Call) -> bool:
         """Whether it has given something, after waiting for it a little."""
-        if ray.wait([call.coming], timeout=_PATIENCE_S, fetch_local=False)[0]:
+        if ray.wait([call.coming], timeout=TICK_S, fetch_local=False)[0]:
             return True
         if not self._wanted():
             raise StoppedError
@@ -151,11 +153,15 @@ class Reader:
             self._say(f"rows of datasets[{self.source.name!r}]: {name} is being read")
         return False
 
-    def _hurry(self, calls: Iterable[_Call]) -> None:
-        """Rows are waited for: have twice as many processes read, unless some are only about to begin."""
-        if all(call.hand is not None and call.hand.up() for call in calls):
+    def _hurry(self, calls: Sequence[_Call]) -> None:
+        """Rows are waited for: have twice as many processes read, unless some have only just begun."""
+        now = time.monotonic()
+        if not all(call.hand is None or call.hand.up() for call in calls):
+            self._hurried = now
+        elif now - max(self._hurried, calls[0].began) >= _PATIENCE_S:
             most = int(ray.cluster_resources().get("CPU", 1)) // 2
             self._at_once = max(2, min(64, most, 2 * self._at_once))
+            self._hurried = now
 
     def _take(self, stream: Epoch, call: _Call) -> list[Lot]:
         """Take what has been read."""
