@@ -44,7 +44,7 @@ class Pretender(Agent):
     def _build(self, job: Job, rank: int, group: tuple[Address, ...], twice: bool) -> Built:
         self._job = job
         self.marks.enter(Phase.READY)
-        return Built({}, FirstContribution("", {}, {}), "", 0.0)
+        return Built({}, FirstContribution("", {}, {}), "", {}, 0.0)
 
     def _run(self, generation: Generation, called: float) -> Stopped:
         """Take steps when they are due, whatever the driver does."""

@@ -93,6 +93,11 @@ class Job:
         """Where it begins."""
         return self.resume.manifest.step if self.resume is not None else 0
 
+    @property
+    def first_rows(self) -> int:
+        """The step whose rows newcomers prove themselves with: one that there is, even if no more is to be done."""
+        return max(0, self.first_step - 1)
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -420,14 +425,14 @@ class Agent:
             lambda: TrainingState(job.spec, job.config, _beginning(job.begun)),
         )
         self._resume, self._begun = job.resume, job.begun
-        state.step = job.first_step
+        state.step = job.first_rows
         collate = job.spec.collate or default_collate
         config = job.config
         source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows)
         contributor = Contributor(state, job.strategy, source)
         self._supply.names = job.evaluated
         self.marks.enter(Phase.SUPPLY)
-        source.wait(job.first_step, lambda: None)
+        source.wait(job.first_rows, lambda: None)
         source.waited_s = 0.0
         self.marks.enter(Phase.ADMISSION)
         first = first_contribution(contributor, twice)

@@ -149,6 +149,7 @@ class Checkpoints:
 
     def want(self, then: Then) -> None:
         """Take one as soon as possible. ``then`` is told where it is."""
+        self.interrupted()  # what is only due later
         self._wanted.append(then)
         self.look()
 
@@ -193,7 +194,7 @@ class Checkpoints:
             self._loop.gather(asked, lambda taken, error: self._on_taken(attempt, taken, error))
 
     def interrupted(self) -> None:
-        """A generation is over: what not all have, nobody is going to have."""
+        """What not all have told that they have is not waited for: a generation is over, or it can be had sooner."""
         if self._attempt is not None and self._attempt.taken is None:
             self._abandon()
 

@@ -101,7 +101,14 @@ class Past:
 
 @dataclass
 class Outcome:
-    """How a run ended. ``kept``: its checkpoints."""
+    """How an attempt of a run ended.
+
+    Attributes:
+        checkpoint_path: of the last one, where it came to its end.
+        kept: checkpoints.
+        again: None, or: another attempt should follow, with so many falls below the minimum allowed.
+        error, cause: why it failed.
+    """
 
     step: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -109,6 +116,7 @@ class Outcome:
     weights_digest: str = ""
     checkpoint_path: str | None = None
     kept: list[Kept] = field(default_factory=list)
+    again: int | None = None
     error: Exception | None = None
     cause: Exception | None = None
 
@@ -131,8 +139,13 @@ class Driver:
         self._loop = Loop()
         train = sources["train"]
         order, schedule = rows_of_job(job.config, train.rows, train.held, job.strategy.local_batches)
+        if schedule.total_steps is not None and schedule.total_steps < job.first_step:
+            raise ConfigError(
+                f"{folder.path} holds a checkpoint of step {job.first_step}, and the job as it is now has "
+                f"{schedule.total_steps} steps. Give it at least as many, or another name."
+            )
         counted = job.resume.manifest.units if job.resume is not None else {}
-        self._feed = Feed(sources, order, schedule, self._hears(), job.first_step, counted)
+        self._feed = Feed(sources, order, schedule, self._hears(), job.first_rows, counted)
         self._guard = Guard(self._loop, patience, self._on_verdict, self._on_stalled)
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
@@ -383,6 +396,7 @@ class Driver:
         self._checkpoints.interrupted()
         end = self._setbacks.left(len(self._members), self._recorder.steps if self._begun else 0, reason)
         if end is not None:
+            self.outcome.again = None if self._members else self._setbacks.left_to_fail
             self._fail(AgentLostError(end))
             return
         enough = len(self._members) >= self._size.minimum

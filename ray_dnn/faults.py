@@ -186,8 +186,10 @@ class Claims:
         self._struck: dict[int, str] = {}
 
     def claim(self, index: int, agent: str) -> bool:
-        """Whether the agent is the first to claim the fault."""
-        return self._struck.setdefault(index, agent) == agent
+        """Whether the agent is the first to claim the fault. An agent asks once; later attempts have the same names."""
+        first = index not in self._struck
+        self._struck.setdefault(index, agent)
+        return first
 
     def struck(self) -> dict[int, str]:
         """The agents that faults struck, by the fault's index."""

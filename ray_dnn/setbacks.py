@@ -35,9 +35,9 @@ class Setbacks:
         """So many replicas are left."""
         if count == 0 and step:
             return (
-                f"All agents were lost after step {step} ({reason}), and with them the state. Start the run again under "
-                "its name: it goes on from its last checkpoint (see TrainConfig(checkpoint_every=…)). Allow more agents, "
-                "or keep some of them on machines that stay."
+                f"All agents were lost after step {step} ({reason}), and with them the state. Start the run again "
+                "under its name: it goes on from its last checkpoint (see TrainConfig(checkpoint_every=…)). Allow more "
+                "agents, or keep some of them on machines that stay."
             )
         if count < self._minimum:
             self._undisturbed_until = 0.0
@@ -52,6 +52,14 @@ class Setbacks:
             f"{self._falls}. time; FailureConfig(max_failures={self._max_failures}) ends the run there. Raise it (-1: "
             "no limit) to have the others wait for replacements, or lower the minimum."
         )
+
+    @property
+    def left_to_fail(self) -> int | None:
+        """How often there may be too few from now on, if they are once more; None: they may not."""
+        if self._max_failures < 0:
+            return self._max_failures
+        spare = self._max_failures - self._falls - (not self._below)
+        return spare if spare >= 0 else None
 
     def formed(self, count: int) -> None:
         """So many replicas take part in a new generation."""

@@ -9,9 +9,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import ray
 from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 
-from ray_dnn.agent import Begun, Job, Resume, Striker
+from ray_dnn.agent import Begun, Job, Striker
 from ray_dnn.checkpoint import Manifest, Place, verify
 from ray_dnn.cluster import Places
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
@@ -28,7 +28,7 @@ from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import CheckpointDamaged, Event, EventLog, RunResumed, RunStarted
 from ray_dnn.feed.datasets import open_datasets
 from ray_dnn.feed.source import Source
-from ray_dnn.identity import of_job
+from ray_dnn.identity import Identity, of_job
 from ray_dnn.limits import Limits, check_audit, check_run, check_scaling
 from ray_dnn.liveness import Patience
 from ray_dnn.resume import find
@@ -135,16 +135,10 @@ class Trainer:
         identity = of_job(self.config, self.strategy, self.replica_size, len(train.units), train.counts)
         if begun is not None:
             identity["start_from"] = f"{self.load} of {begun.fingerprint}"
-        damaged: list[CheckpointDamaged] = []
-        resume, kept = find(folder, identity, damaged.append)
-        past = Past(identity, kept, run.checkpoint_config or CheckpointConfig())
         failures = run.failure_config.max_failures if run.failure_config else 0
         limits = self._limits()
         size = Size(limits.least, limits.most, failures, script)
-        evaluated = tuple(name for name in sources if name != "train")
-        job = self._job(evaluated, begun, resume)
-        folder.claim()
-        return Handle(self, job, sources, size, limits.places(run, self.config, faults), folder, past, damaged)
+        return Handle(self, sources, size, limits.places(run, self.config, faults), folder, identity, begun)
 
     def _begun(self) -> Begun | None:
         """The checkpoint that the run is to begin with, verified."""
@@ -163,12 +157,6 @@ class Trainer:
     def _limits(self) -> Limits:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
-    def _job(self, evaluated: tuple[str, ...], begun: Begun | None, resume: Resume | None) -> Job:
-        secret = secrets.token_bytes(32)
-        return Job(
-            self.spec, self.config, self.strategy, evaluated, secret, self.replica_size, self.audit, begun, resume
-        )
-
 
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
@@ -176,33 +164,56 @@ class Handle:
     def __init__(
         self,
         trainer: Trainer,
-        job: Job,
         sources: Mapping[str, Source],
         size: Size,
         places: Places,
         folder: RunFolder,
-        past: Past,
-        damaged: Sequence[CheckpointDamaged],
+        identity: Identity,
+        begun: Begun | None,
     ):
-        self._trainer, self._folder = trainer, folder
-        self._file = folder.append_file(EVENTS)
+        self._trainer, self._folder, self._size = trainer, folder, size
+        self._sources, self._places, self._identity, self._begun = sources, places, identity, begun
         self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
-        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": sources["train"].rows}
-        name = str(trainer.run_config.name)
-        self._log.add(RunStarted(name, folder.path, folder.attempt, about))
-        for event in damaged:
-            self._log.add(event)
-        if job.resume is not None:
-            manifest = job.resume.manifest
-            self._log.add(RunResumed(manifest.step, job.resume.place.path, manifest.attempt))
-        self._driver = Driver(job, sources, size, places, trainer.patience, folder, self._log, past)
+        self._driver = self._attempt(size)
         self._outcome: Future[Outcome] = Future()
         self._thread = threading.Thread(target=self._run, name="ray_dnn-driver", daemon=True)
         self._thread.start()
 
+    def _attempt(self, size: Size) -> Driver:
+        """Prepare to begin, or to go on from what earlier attempts have left."""
+        trainer, folder = self._trainer, self._folder
+        damaged: list[CheckpointDamaged] = []
+        resume, kept = find(folder, self._identity, damaged.append)
+        job = Job(
+            spec=trainer.spec,
+            config=trainer.config,
+            strategy=trainer.strategy,
+            evaluated=tuple(name for name in self._sources if name != "train"),
+            secret=secrets.token_bytes(32),
+            replica_size=trainer.replica_size,
+            audit=trainer.audit,
+            begun=self._begun,
+            resume=resume,
+        )
+        folder.claim()
+        self._file = folder.append_file(EVENTS)
+        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": self._sources["train"].rows}
+        self._log.add(RunStarted(str(trainer.run_config.name), folder.path, folder.attempt, about))
+        for event in damaged:
+            self._log.add(event)
+        if resume is not None:
+            self._log.add(RunResumed(resume.manifest.step, resume.place.path, resume.manifest.attempt))
+        past = Past(self._identity, kept, trainer.run_config.checkpoint_config or CheckpointConfig())
+        return Driver(job, self._sources, size, self._places, trainer.patience, folder, self._log, past)
+
     def _run(self) -> None:
         try:
-            self._outcome.set_result(self._driver.run())
+            size = self._size
+            while (outcome := self._driver.run()).again is not None:
+                size = replace(size, max_failures=outcome.again)
+                self._file.close()
+                self._driver = self._attempt(size)
+            self._outcome.set_result(outcome)
         except BaseException as error:
             self._outcome.set_exception(error)
         finally:

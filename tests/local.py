@@ -275,6 +275,9 @@ class Until:
     def held(self) -> int:
         return 0
 
+    def save(self, step: int, agreed: int) -> None:
+        """Nothing is saved."""
+
     def due(self, step: int, agreed: int) -> int | None:
         return 1 if step == self._step else None
 

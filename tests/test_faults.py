@@ -150,10 +150,10 @@ def test_one_fall_below_the_minimum_too_many_ends_the_run(tmp_path: Path) -> Non
     assert isinstance(cause, AgentLostError)
 
 
-def test_when_all_agents_are_lost_the_user_is_told_that_nothing_is_left(tmp_path: Path) -> None:
+def test_when_all_agents_are_lost_the_user_is_told_how_to_go_on(tmp_path: Path) -> None:
     faults = [Kill("computing", step=9, rank=rank) for rank in (0, 1)]
-    run = start_with_faults(faulty(tmp_path, (1, 2), failures=-1), faults, {0: 2})
-    failure(run, r"All agents were lost after step \d+ .*No checkpoint")
+    run = start_with_faults(faulty(tmp_path, (1, 2)), faults, {0: 2})
+    failure(run, r"All agents were lost after step \d+ .*Start the run again")
 
 
 def test_agents_that_never_come_to_train_end_the_run(tmp_path: Path) -> None:

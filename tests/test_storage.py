@@ -1,52 +1,89 @@
 """What a run leaves on storage, and what is not accepted when it is read."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.train import CheckpointConfig
+from safetensors.torch import load_file
+from storages import failing
 
 from ray_dnn import checkpoint, load_weights
+from ray_dnn.checkpoint import MANIFEST, WEIGHTS, Manifest, Place
+from ray_dnn.checkpoints import Kept, retire
 from ray_dnn.errors import CheckpointError, ConfigError
 from ray_dnn.events import KINDS, EventLog, RunFinished, Waiting, parse
 from ray_dnn.storage import EVENTS, RunFolder, read_lines
+from ray_dnn.testing import read_events
 
 LOCAL = pyarrow.fs.LocalFileSystem()
-WEIGHTS = {"a": torch.randn(3, 4), "b": torch.arange(5), "half": torch.ones(2, dtype=torch.bfloat16)}
+TENSORS = {"a": torch.randn(3, 4), "b": torch.arange(5), "half": torch.ones(2, dtype=torch.bfloat16)}
+FILE = "model-00002-of-00003.safetensors"
 
 
-class CannotAppend:
-    """A filesystem that cannot append, as object stores cannot."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(LOCAL, name)
-
-    def open_append_stream(self, path: str) -> Any:
-        raise NotImplementedError("no appending here")
+def folder_in(path: Path, filesystem: Any = None) -> RunFolder:
+    folder = RunFolder(str(path), "run", filesystem)
+    folder.claim()
+    return folder
 
 
-@pytest.mark.parametrize("filesystem", [LOCAL, CannotAppend()], ids=["appending", "parts"])
-def test_lines_are_read_as_they_were_written(tmp_path: Path, filesystem: Any) -> None:
-    folder = RunFolder(str(tmp_path), "run", filesystem)
+@pytest.mark.parametrize("appends", [True, False], ids=["appending", "parts"])
+def test_lines_are_read_as_they_were_written(tmp_path: Path, appends: bool) -> None:
+    folder = folder_in(tmp_path, LOCAL if appends else failing(tmp_path / "away"))
     file = folder.append_file(EVENTS)
     for number in range(6):
         file.write(f"line {number}")
         if number % 2:
             file.flush()
     file.close()
-    assert read_lines(LOCAL, folder.path, EVENTS) == [f"line {n}" for n in range(6)]
+    assert read_lines(folder.place, EVENTS) == [f"line {n}" for n in range(6)]
+    assert (tmp_path / "run" / "events-0001.jsonl").exists() == appends
+
+
+def test_lines_that_the_storage_refuses_are_kept_until_it_takes_them(tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    folder = folder_in(tmp_path, failing(away))
+    file = folder.append_file(EVENTS)
+    away.touch()
+    file.write("one")
+    file.flush().result()
+    assert file.failing_since is not None
+    file.write("two")
+    away.unlink()
+    file.close()
+    assert file.failing_since is None
+    assert read_lines(folder.place, EVENTS) == ["one", "two"]
+
+
+def test_a_line_that_was_torn_off_is_left_out(tmp_path: Path) -> None:
+    folder = folder_in(tmp_path)
+    (tmp_path / "run" / "events-0001.jsonl").write_text('one\ntwo\n{"thr')
+    assert read_lines(folder.place, EVENTS) == ["one", "two"]
 
 
 def test_every_attempt_has_files_of_its_own(tmp_path: Path) -> None:
     for attempt in (1, 2):
-        folder = RunFolder(str(tmp_path), "run")
+        folder = folder_in(tmp_path)
         assert folder.attempt == attempt
         file = folder.append_file(EVENTS)
         file.write(f"attempt {attempt}")
         file.close()
-    assert read_lines(LOCAL, folder.path, EVENTS) == ["attempt 2"]
-    assert read_lines(LOCAL, folder.path, EVENTS, attempt=1) == ["attempt 1"]
+    assert read_lines(folder.place, EVENTS) == ["attempt 2"]
+    assert read_lines(folder.place, EVENTS, attempt=1) == ["attempt 1"]
+    with pytest.raises(FileNotFoundError, match="holds no events of 3"):
+        read_events(str(tmp_path / "run"), attempt=3)
+
+
+def test_of_two_attempts_the_older_one_knows_of_the_newer(tmp_path: Path) -> None:
+    older = folder_in(tmp_path)
+    assert older.newer() is None
+    newer = folder_in(tmp_path)
+    assert (older.newer(), newer.newer()) == (2, None)
 
 
 def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
@@ -55,42 +92,119 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None
         RunFolder(str(tmp_path / "file"), "run")
 
 
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
 def written(path: Path) -> Path:
-    files = {checkpoint.WEIGHTS: checkpoint.weights_to_bytes(WEIGHTS)}
-    checkpoint.write(LOCAL, str(path), files, {"step": 3})
+    """A checkpoint of three files with a tensor each, and an index."""
+    place = Place(LOCAL, str(path))
+    path.mkdir()
+    sizes = {name: tensor.nbytes for name, tensor in TENSORS.items()}
+    parts = checkpoint.divide(WEIGHTS, sizes, most=1)
+    files = {
+        file: place.write(file, checkpoint.to_bytes({n: TENSORS[n] for n in names})) for file, names in parts.items()
+    }
+    files |= {name: place.write(name, data) for name, data in checkpoint.index_of(sizes, parts).items()}
+    manifest = Manifest(3, 1, {"seed": "0"}, files, [{"step": 3.0, "loss": float("nan")}], units={7: 5})
+    place.write(MANIFEST, manifest.to_json())
     return path
 
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
-    loaded = load_weights(written(tmp_path / "c"))
-    assert loaded.keys() == WEIGHTS.keys()
-    assert all(torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
-    assert checkpoint.read_manifest(LOCAL, str(tmp_path / "c"))["step"] == 3
+    path = written(tmp_path / "c")
+    loaded = load_weights(path)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+    manifest = Manifest.read(Place.of(path))
+    assert (manifest.step, manifest.units) == (3, {7: 5})
+    checkpoint.verify(Place.of(path), manifest)
 
 
-def flip(path: Path) -> None:
-    data = bytearray((path / checkpoint.WEIGHTS).read_bytes())
-    data[-1] ^= 1
-    (path / checkpoint.WEIGHTS).write_bytes(data)
+def test_safetensors_and_transformers_read_the_weights(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(n_embd=8, bos_token_id=0, eos_token_id=0, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
+    model = GPT2Model(config)
+    weights = dict(model.named_parameters())
+    sizes = {name: p.nbytes for name, p in weights.items()}
+    parts = checkpoint.divide(WEIGHTS, sizes, most=1000)
+    assert len(parts) > 1
+    place = Place(LOCAL, str(tmp_path))
+    for file, names in parts.items():
+        place.write(file, checkpoint.to_bytes({name: weights[name].detach() for name in names}))
+        assert load_file(tmp_path / file).keys() == set(names)
+    for file, data in checkpoint.index_of(sizes, parts).items():
+        place.write(file, data)
+    read = GPT2Model.from_pretrained(tmp_path, config=config)
+    assert all(torch.equal(p, weights[name]) for name, p in read.named_parameters())
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+def test_tensors_are_divided_over_files_in_order_and_none_is_too_large(sizes: list[int], most: int) -> None:
+    named = {f"t{i}": size for i, size in enumerate(sizes)}
+    parts = checkpoint.divide("stem", named, most)
+    assert [name for names in parts.values() for name in names] == list(named)
+    assert sorted(parts) == list(parts)
+    for names in parts.values():
+        assert len(names) == 1 or sum(named[name] for name in names) <= most
+    for one, other in itertools.pairwise(parts.values()):
+        assert sum(named[name] for name in [*one, other[0]]) > most
+
+
+def flip(path: Path, name: str) -> None:
+    data = bytearray((path / name).read_bytes())
+    data[-1 if name == FILE else len(data) // 2] ^= 1
+    (path / name).write_bytes(data)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / checkpoint.MANIFEST).unlink(), "no checkpoint, or one never completed"),
-        (lambda p: (p / checkpoint.MANIFEST).write_text('{"form'), "is not JSON"),
-        (lambda p: (p / checkpoint.MANIFEST).write_text('{"format": 99}'), "not a manifest of this version"),
-        (lambda p: (p / checkpoint.WEIGHTS).unlink(), "is missing, though the manifest names it"),
-        (flip, "bytes that are not the"),
-        (lambda p: (p / checkpoint.WEIGHTS).write_bytes(b""), "has 0 bytes that are not the"),
+        (lambda p: (p / MANIFEST).unlink(), "it is no checkpoint, or never was completed"),
+        (lambda p: (p / MANIFEST).write_text('{"form'), "is not what was written"),
+        (lambda p: (p / MANIFEST).write_text('{"format": 99}'), "is not what was written"),
+        (lambda p: flip(p, MANIFEST), "is not what was written"),
+        (lambda p: (p / FILE).unlink(), f"{FILE} is missing, though the manifest names it"),
+        (lambda p: flip(p, FILE), f"{FILE} has .* bytes that are not the"),
+        (lambda p: (p / FILE).write_bytes(b""), f"{FILE} has 0 bytes that are not the"),
     ],
-    ids=["no manifest", "torn manifest", "other version", "no weights", "a flipped bit", "truncated"],
+    ids=[
+        "no manifest",
+        "torn manifest",
+        "other version",
+        "a flipped bit of it",
+        "no file",
+        "a flipped bit",
+        "truncated",
+    ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
     path = written(tmp_path / "c")
     damage(path)
     with pytest.raises(CheckpointError, match=message):
         load_weights(path)
+
+
+SCORES = st.one_of(st.none(), st.floats(-5, 5))
+
+
+@given(st.lists(SCORES, min_size=1, max_size=12), st.integers(1, 12), st.booleans(), st.booleans())
+def test_the_newest_checkpoint_and_the_best_ones_stay(
+    scores: list[float | None], most: int, by_score: bool, lowest: bool
+) -> None:
+    kept = [Kept(f"c{i}", i, {} if score is None else {"m": score}) for i, score in enumerate(scores)]
+    order: Any = "min" if lowest else "max"
+    keep = CheckpointConfig(most, "m", order) if by_score else CheckpointConfig(most)
+    gone = retire(kept, keep)
+    stay = [k for k in kept if k not in gone]
+    assert len(stay) == min(most, len(kept))
+    assert kept[-1] in stay
+    sign = -1.0 if lowest else 1.0
+
+    def worth(k: Kept) -> float:
+        return (sign * k.metrics["m"] if "m" in k.metrics else float("-inf")) if by_score else k.step
+
+    assert all(worth(g) <= worth(s) for g in gone for s in stay if s is not kept[-1])
 
 
 def test_every_event_says_itself_in_words_and_survives_storage() -> None:

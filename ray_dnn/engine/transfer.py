@@ -60,8 +60,8 @@ def roles(positions: Sequence[Position | None]) -> Roles:
     there = [p for p in positions if p is not None]
     if not there:
         raise AgentLostError(
-            "The last agent that held the state was lost before a newcomer had copied it. Start the run again under its "
-            "name: it goes on from its last checkpoint. Allow more agents, or keep some of them on machines that stay."
+            "The last agent that held the state was lost before a newcomer had copied it. Start the run again under "
+            "its name: it goes on from its last checkpoint. Allow more agents, or keep some on machines that stay."
         )
     newest = max(there)
     for position in there:
