@@ -33,7 +33,16 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 # Files that take long, the longest first: begun last, one of them would run alone while the others have ended.
-LONG = ("test_faults", "test_feed", "test_cluster", "test_docs", "test_strategies", "test_feed_cluster", "test_soak")
+LONG = (
+    "test_faults",
+    "test_checkpoints",
+    "test_feed",
+    "test_cluster",
+    "test_docs",
+    "test_strategies",
+    "test_feed_cluster",
+    "test_soak",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
