@@ -475,7 +475,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--evaluate-every", type=whole, metavar="STEPS", help="evaluate on the way, too")
     add("--storage", metavar="PATH", help="where the run is kept: a folder or a URI such as s3://bucket/runs")
-    add("--name", help="of the run (default: made from the date)")
+    add("--name", help="of the run (default: made from the date); a run of that name goes on where it was")
+    add("--checkpoint-every", type=whole, metavar="STEPS", help="write checkpoints on the way, too")
     return parser
 
 
@@ -561,6 +562,7 @@ def fit(job: Job) -> Result:
         steps=flags.steps,
         min_rows=2,  # batch normalisation takes no single row
         evaluate_every=flags.evaluate_every,
+        checkpoint_every=flags.checkpoint_every,
     )
     return Trainer(
         spec,

@@ -506,7 +506,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-bytes", type=whole, default=2**18, metavar="N", help="held-out bytes to evaluate on (default: 256 Ki)")
     add("--evaluate-every", type=whole, metavar="STEPS", help="evaluate on the way, too")
     add("--storage", metavar="PATH", help="where the run is kept: a folder or a URI such as s3://bucket/runs")
-    add("--name", help="of the run (default: made from the date)")
+    add("--name", help="of the run (default: made from the date); a run of that name goes on where it was")
+    add("--checkpoint-every", type=whole, metavar="STEPS", help="write checkpoints on the way, too")
     add(
         "--sample", type=int, default=256, metavar="BYTES", help="length of the text to write at the end (default: 256)"
     )
@@ -597,6 +598,7 @@ def fit(job: Job) -> Result:
         clip_norm=1.0,
         shuffle_window=max(1, WINDOW_BYTES // job.shape.context),
         evaluate_every=flags.evaluate_every,
+        checkpoint_every=flags.checkpoint_every,
     )
     return Trainer(
         spec,

@@ -44,6 +44,7 @@ from ray_dnn.storage import CHECKPOINT, RunFolder
 
 _MOST_LOST = 3  # checkpoints in a row that were not completed for agents died, before the others stop for one
 _AGAIN_S, _AGAIN_MAX_S = 2.0, 60.0  # until one that the storage refused is tried again
+_SOON_S = 0.5  # until one that died with its agents is begun again
 _GIVE_UP_S = 600.0  # of a storage that refuses
 
 Then = Callable[[str], None]
@@ -272,10 +273,10 @@ class Checkpoints:
         self._loop.watch(agent.write.remote(attempt.number, writer, attempt.place), done)
 
     def _on_incomplete(self) -> None:
-        """Agents have died that were needed."""
+        """Agents have died that were needed. The others form a generation first, if it was one of theirs."""
         self._lost += 1
         self._abandon()
-        self.look()
+        self._loop.later(_SOON_S, self.look)
 
     # -- counting ------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ _HEARTBEAT_S = 1.0  # agents keep the reports of so long; one that hears nothing
 _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 _FENCE_S = 15.0  # between two looks whether the run was started again
+_COMPLETE = "complete a checkpoint"  # a request of its own
 _LAST_S = 25.0  # that the checkpoint of an interrupted run may take
 
 
@@ -290,7 +291,9 @@ class Driver:
 
     def order_pause(self) -> None:
         """See `ray_dnn.checkpoints.Owner`."""
-        self._commands.append(Request("complete a checkpoint"))
+        if any(request.kind == _COMPLETE for request in self._commands):
+            return
+        self._commands.append(Request(_COMPLETE))
         if self._running:
             self._decide_pause("pause", "agents are lost so often that no checkpoint is completed")
 
@@ -603,7 +606,11 @@ class Driver:
                 self._finishing = True
                 self._served()
             else:
-                self._checkpoints.want(lambda _: self._served())
+                paused = self._generation
+                # Where the pause is cut short by a loss, it is asked for again in another generation.
+                self._checkpoints.want(
+                    lambda _: self._served() if self._paused and self._generation == paused else None
+                )
             return
         if self._finishing:
             self._form(Decision(tuple(r.name for r in self._members)), finish=True)

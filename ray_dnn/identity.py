@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def of_job(config: TrainConfig, strategy: object, replica_size: int, units: int,
     numbers = {f"TrainConfig({name})": repr(value) for name, value in config.as_dict().items() if name not in _FREE}
     rows = "" if counts is None else f", {int(counts.sum())} rows, {_digest([counts.astype('<i8').tobytes()])}"
     return numbers | {
-        "strategy": repr(strategy),
+        "strategy": re.sub(r" at 0x[0-9a-f]+", "", repr(strategy)),  # of one without a repr of its own
         "replica_size": str(replica_size),
         "datasets['train']": f"{units} units{rows}",
     }
