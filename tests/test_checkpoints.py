@@ -235,7 +235,7 @@ def test_of_two_drivers_under_one_name_the_older_one_ends(tmp_path: Path) -> Non
         older.result()
     assert isinstance(caught.value.__cause__, FencedError)
     newer.stop()
-    assert newer.result().metrics["steps"] > 10
+    assert newer.result().metrics["steps"] >= 10
 
 
 def test_only_so_many_checkpoints_are_kept(tmp_path: Path) -> None:
