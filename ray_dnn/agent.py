@@ -108,11 +108,9 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A checkpoint of another run. ``all``: not only its weights."""
+class Begun(Resume):
+    """A checkpoint of another run to begin with. ``all``: not only with its weights."""
 
-    place: Place
-    manifest: Manifest
     all: bool
 
     @property
@@ -424,7 +422,7 @@ class Agent:
             f"build_model or build_optimizer, agent {self.name}",
             lambda: TrainingState(job.spec, job.config, _beginning(job.begun)),
         )
-        self._resume, self._begun = job.resume, job.begun
+        self._founded_on = job.resume or (job.begun if job.begun is not None and job.begun.all else None)
         state.step = job.first_rows
         collate = job.spec.collate or default_collate
         config = job.config
@@ -498,13 +496,11 @@ class Agent:
         mesh.form(self._listener, self._secret, generation.addresses)
         formed = time.time()
         if generation.founding and not self._holds:
-            if self._resume is not None:
+            if self._founded_on is not None:
                 self.marks.enter(Phase.RESTORING)
-                restore(engine, self._group, self._resume.place, self._resume.manifest)
-            elif self._begun is not None and self._begun.all:
-                self.marks.enter(Phase.RESTORING)
-                restore(engine, self._group, self._begun.place, self._begun.manifest)
-                engine.begin_anew()
+                restore(engine, self._group, self._founded_on.place, self._founded_on.manifest)
+                if isinstance(self._founded_on, Begun):
+                    engine.begin_anew()
             self._holds = True
         agree(mesh, engine, self._holds, self._pending, self._report, self._follower)
         self._holds = True
@@ -538,6 +534,10 @@ class Agent:
         for command in due:
             if step % command.snapshot == 0 and not self._saver.has(command.number):
                 self._saver.take(command.number, self._pending())
+        with self._changed:  # what is done is forgotten, or each step would look at all of a long generation
+            while (first := self._commands.get(self._settled + 1)) and first.snapshot and self._saver.has(first.number):
+                self._settled += 1
+                del self._commands[self._settled]
 
     def due(self, step: int, agreed: int) -> int | None:
         """See `ray_dnn.engine.train.Decisions`. The same answer on every agent."""
@@ -548,7 +548,7 @@ class Agent:
 
 
 def _beginning(begun: Begun | None) -> Callable[[nn.Module], None] | None:
-    return None if begun is None else lambda model: load_weights_into(model, begun.place)
+    return None if begun is None else lambda model: load_weights_into(model, begun.place, begun.manifest)
 
 
 class _LeftError(Exception):

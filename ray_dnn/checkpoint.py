@@ -50,6 +50,20 @@ class Place:
     filesystem: pyarrow.fs.FileSystem
     path: str
 
+    @property
+    def name(self) -> str:
+        """Of the folder alone."""
+        return self.path.rsplit("/", 1)[-1]
+
+    def sizes(self, missing: bool = False) -> dict[str, int]:
+        """The names of what is in it, with the sizes of files. ``missing``: the folder may not be there."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=missing)
+        return {info.base_name: info.size for info in self.filesystem.get_file_info(selector)}
+
+    def make(self) -> None:
+        """Make the folder, unless it is there."""
+        self.filesystem.create_dir(self.path, recursive=True)
+
     def below(self, name: str) -> Place:
         """A folder in it."""
         return Place(self.filesystem, f"{self.path}/{name}")
@@ -101,7 +115,7 @@ class Manifest:
     Attributes:
         step: committed steps.
         attempt: of the run, that wrote it.
-        job: what decides what is learned, in words, by name (see `ray_dnn.job`).
+        job: what decides what is learned, in words, by name (see `ray_dnn.identity`).
         files: by name.
         history: evaluations so far.
         skipped: how many steps changed nothing.

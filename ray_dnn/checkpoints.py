@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from socket import gethostname
 from tempfile import gettempdir
 from typing import Protocol
 
-import pyarrow.fs
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig
 
@@ -77,6 +76,11 @@ class Kept:
     name: str
     step: int
     metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, place: Place, step: int, history: Sequence[dict[str, float]]) -> Kept:
+        """One in a folder. ``history``: evaluations until then, of which the last one tells how good it is."""
+        return cls(place.name, step, dict(history[-1]) if history else {})
 
 
 @dataclass
@@ -227,18 +231,16 @@ class Checkpoints:
         self._owner.on_reports(taken[0].reports)
         attempt.taken, attempt.index = taken[0], {n: d for t in taken for n, d in t.index.items()}
         place = attempt.place = self._folder.place.below(self._name(taken[0].step))
-        if self.kept and self.kept[-1].name == self._name(taken[0].step):
+        if self.kept and self.kept[-1].name == place.name:
             self._on_counts(attempt, place.path)
             return
-        made = self._folder.do(lambda: self._make(attempt))
-        self._follow(made, lambda error: self._write(attempt) if error is None else self._on_refused(attempt, error))
+        self._follow(
+            self._folder.do(place.make),
+            lambda error: self._write(attempt) if error is None else self._on_refused(attempt, error),
+        )
 
     def _name(self, step: int) -> str:
         return f"{CHECKPOINT}-{self._folder.attempt:04d}-{step:09d}"
-
-    def _make(self, attempt: _Attempt) -> None:
-        assert attempt.place is not None
-        attempt.place.filesystem.create_dir(attempt.place.path, recursive=True)
 
     def _write(self, attempt: _Attempt) -> None:
         if attempt is self._attempt:
@@ -306,7 +308,7 @@ class Checkpoints:
         self._check_fence()
         if self._recorder.failing_since is not None:  # its lines of the steps before come first
             raise OSError("the ledger cannot be written")
-        place.write(MANIFEST, Manifest(**vars(manifest) | {"files": manifest.files | files}).to_json())
+        place.write(MANIFEST, replace(manifest, files=manifest.files | files).to_json())
 
     def _check_fence(self) -> None:
         newer = self._folder.newer()
@@ -344,8 +346,7 @@ class Checkpoints:
             self._on_refused(attempt, error)
             return
         step, path = attempt.taken.step, attempt.place.path
-        metrics = dict(attempt.taken.history[-1]) if attempt.taken.history else {}
-        self.kept.append(Kept(path.rsplit("/", 1)[1], step, metrics))
+        self.kept.append(Kept.of(attempt.place, step, attempt.taken.history))
         self._log.add(CheckpointWritten(step, path, time.perf_counter() - attempt.began))
         self._retain()
         late = self._every is not None and isinstance(self._every, int) and self._recorder.steps >= step + self._every
@@ -391,7 +392,7 @@ class Checkpoints:
         """The storage stays away: write what there is where this process is, and end the run."""
         assert attempt.taken is not None
         name = self._name(attempt.taken.step)
-        place = Place.of(Path(gettempdir()) / f"ray_dnn-{self._folder.path.rsplit('/', 1)[-1]}" / name)
+        place = Place.of(Path(gettempdir()) / f"ray_dnn-{self._folder.place.name}" / name)
         count = len(attempt.members)
         asked = [
             attempt.members[by].agents[rank].hand_over.remote(attempt.number, writer)
@@ -404,7 +405,7 @@ class Checkpoints:
         def handed(parts: list[dict[str, bytes]] | None, failed: Exception | None) -> None:
             why = f"The storage of {self._folder.path} has refused for {_GIVE_UP_S / 60:.0f} minutes: {error}."
             if parts is not None:
-                place.filesystem.create_dir(place.path, recursive=True)
+                place.make()
                 whole = {n: data for part in parts for n, data in part.items()} | attempt.index
                 files = {n: place.write(n, data) for n, data in whole.items()}
                 place.write(MANIFEST, self._manifest(taken, files).to_json())
@@ -468,6 +469,5 @@ def retire(kept: Sequence[Kept], keep: CheckpointConfig) -> list[Kept]:
 
 def _not_there(place: Place, files: dict[str, File]) -> str | None:
     """A file that cannot be seen from here, or has another size."""
-    selector = pyarrow.fs.FileSelector(place.path, allow_not_found=True)
-    there = {info.base_name: info.size for info in place.filesystem.get_file_info(selector)}
+    there = place.sizes(missing=True)
     return next((name for name, file in files.items() if there.get(name) != file.bytes), None)

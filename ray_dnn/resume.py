@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ray_dnn.agent import Resume
-from ray_dnn.checkpoint import MANIFEST, Manifest, Place, verify
+from ray_dnn.checkpoint import Manifest, Place, verify
 from ray_dnn.checkpoints import Kept
 from ray_dnn.errors import CheckpointError, ConfigError
 from ray_dnn.events import CheckpointDamaged
@@ -35,14 +35,13 @@ def find(
 
     for name in folder.checkpoints():
         place = folder.place.below(name)
-        if not _is_there(place):
-            continue  # it was never completed
         try:
             found.append((place, Manifest.read(place)))
         except CheckpointError as error:
-            bad(place, error)
+            if not isinstance(error.__cause__, FileNotFoundError):  # else it was never completed
+                bad(place, error)
     found.sort(key=lambda entry: (entry[1].step, entry[1].attempt))
-    kept = [_kept(place, manifest) for place, manifest in found]
+    kept = [Kept.of(place, manifest.step, manifest.history) for place, manifest in found]
     while found:
         place, manifest = found.pop()
         check_same(folder.path, manifest, identity)
@@ -74,11 +73,3 @@ def check_same(path: str, manifest: Manifest, identity: Identity) -> None:
             f"{'; '.join(changed)}. Give this one another name, or make them the same. More epochs or steps are no "
             "change. To begin a new run with old weights, use Trainer(start_from=…)."
         )
-
-
-def _is_there(place: Place) -> bool:
-    return bool(place.filesystem.get_file_info(f"{place.path}/{MANIFEST}").is_file)
-
-
-def _kept(place: Place, manifest: Manifest) -> Kept:
-    return Kept(place.path.rsplit("/", 1)[1], manifest.step, dict(manifest.history[-1]) if manifest.history else {})

@@ -48,7 +48,7 @@ class RunFolder:
         self.attempt = 0
         self._io = ThreadPoolExecutor(1, "ray_dnn-storage")
         try:
-            self.place.filesystem.create_dir(self.place.path, recursive=True)
+            self.place.make()
             self.names()
         except OSError as error:
             raise ConfigError(
@@ -66,8 +66,7 @@ class RunFolder:
 
     def names(self) -> list[str]:
         """What is in it."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        return sorted(self.place.sizes(missing=True))
 
     def claim(self) -> None:
         """Become the newest attempt. Of two that do so at once, one comes after the other."""
@@ -93,8 +92,8 @@ class RunFolder:
         return newest if newest > self.attempt else None
 
     def checkpoints(self) -> list[str]:
-        """The names of the folders of checkpoints, complete or not, the newest first."""
-        return sorted((name for name in self.names() if name.startswith(f"{CHECKPOINT}-")), reverse=True)
+        """The names of the folders of checkpoints, complete or not."""
+        return [name for name in self.names() if name.startswith(f"{CHECKPOINT}-")]
 
     def append_file(self, kind: str) -> LineFile:
         """A file of this attempt to append lines to."""
@@ -209,10 +208,8 @@ def attempts(place: Place, kind: str) -> list[int]:
 
 def _parts(place: Place, kind: str) -> Mapping[int, list[str]]:
     """The names of the parts of each attempt's file, in order."""
-    selector = pyarrow.fs.FileSelector(place.path)
     found: dict[int, list[str]] = {}
-    names = [info.base_name for info in place.filesystem.get_file_info(selector)]
-    for name in sorted(names, key=lambda name: name.removesuffix(".jsonl")):  # the first one may have no number
+    for name in sorted(place.sizes(), key=lambda name: name.removesuffix(".jsonl")):  # the first one may have no number
         if match := re.fullmatch(rf"{kind}-(\d+)(\.\d+)?\.jsonl", name):
             found.setdefault(int(match[1]), []).append(name)
     return found

@@ -266,7 +266,7 @@ class Handle:
             metrics_dataframe=pd.DataFrame(outcome.history) if outcome.history else None,
             best_checkpoints=[
                 (checkpoint, metrics)
-                if kept.name == outcome.checkpoint_path.rsplit("/", 1)[1]
+                if kept.name == Place.of(checkpoint).name
                 else (Checkpoint(f"{folder.path}/{kept.name}", folder.filesystem), dict(kept.metrics))
                 for kept in outcome.kept
             ],

@@ -215,14 +215,14 @@ def restore(engine: Engine, group: ReplicaGroup, place: Place, manifest: Manifes
         engine.states.restore({w: checkpoint.read_file(place, manifest, _of_worker(w, group)) for w in workers})
 
 
-def load_weights_into(model: nn.Module, place: Place) -> None:
+def load_weights_into(model: nn.Module, place: Place, manifest: Manifest) -> None:
     """Begin with the weights of a checkpoint.
 
     Raises:
         ConfigError: there are others than the model has.
         CheckpointError: a file is not what the manifest says.
     """
-    weights = checkpoint.load_weights(place)
+    weights = dict(checkpoint.read_tensors(place, manifest, WEIGHTS))
     into = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     wrong = sorted(set(weights) ^ set(into)) + [n for n in weights if n in into and weights[n].shape != into[n].shape]
     if wrong:
