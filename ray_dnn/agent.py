@@ -33,6 +33,7 @@ from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.follow import CHANNEL as FOLLOWERS
 from ray_dnn.engine.follow import Follower
 from ray_dnn.engine.light import postpone_compiler
+from ray_dnn.engine.looking import Watch, WatchedContributor
 from ray_dnn.engine.probe import FirstContribution, first_contribution
 from ray_dnn.engine.reports import Joined, Report
 from ray_dnn.engine.saving import Saver, Taken, load_weights_into, restore
@@ -76,6 +77,7 @@ class Job:
         audit: what is compared to find agents that compute wrongly.
         begun: what it begins with, instead of what it is built with.
         resume: a checkpoint of the same job that it goes on from.
+        watch: what the user looks at; the job is run again for it.
     """
 
     spec: TrainSpec
@@ -87,6 +89,7 @@ class Job:
     audit: Audit | None = None
     begun: Begun | None = None
     resume: Resume | None = None
+    watch: Watch | None = None
 
     @property
     def first_step(self) -> int:
@@ -189,12 +192,14 @@ class Stopped:
         step: committed steps.
         command: the decision that it stopped for, or None where the job is finished.
         weights_digest, state_digest: when the job is finished.
+        seen: what the user's ``look`` returned, in order.
     """
 
     step: int
     command: int | None
     weights_digest: str = ""
     state_digest: str = ""
+    seen: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -427,7 +432,10 @@ class Agent:
         collate = job.spec.collate or default_collate
         config = job.config
         source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows)
-        contributor = Contributor(state, job.strategy, source)
+        if job.watch is None:
+            contributor = Contributor(state, job.strategy, source)
+        else:
+            contributor = WatchedContributor(state, job.strategy, source, job.watch)
         self._supply.names = job.evaluated
         self.marks.enter(Phase.SUPPLY)
         source.wait(job.first_rows, lambda: None)
@@ -475,7 +483,8 @@ class Agent:
                 return Stopped(engine.state.step, command)
             self.marks.enter(Phase.FINISHING, engine.state.step)
             weights = codec.weights_digest(self._state.weights(self._group))
-            return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()))
+            seen = tuple(engine.contributor.seen)
+            return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()), seen)
         except PeerLostError as error:
             inside = error.channel == _GROUP_CHANNEL
             peer = None if inside else generation.names[error.peer]

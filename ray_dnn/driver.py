@@ -47,7 +47,7 @@ from ray_dnn.feed.supply import News
 from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
 from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
-from ray_dnn.identity import Identity
+from ray_dnn.identity import Identity, of_agents
 from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
@@ -93,11 +93,13 @@ class Past:
         identity: what the job is, as far as the driver knows.
         kept: checkpoints.
         keep: how many of them.
+        elsewhere: whether it may go on on machines of another kind.
     """
 
     identity: Identity = field(default_factory=dict)
     kept: Sequence[Kept] = ()
     keep: CheckpointConfig = field(default_factory=CheckpointConfig)
+    elsewhere: bool = False
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Outcome:
         checkpoint_path: of the last one, where it came to its end.
         kept: checkpoints.
         again: None, or: another attempt should follow, with so many falls below the minimum allowed.
+        seen: what the user's ``look`` returned, in order.
         error, cause: why it failed.
     """
 
@@ -118,6 +121,7 @@ class Outcome:
     checkpoint_path: str | None = None
     kept: list[Kept] = field(default_factory=list)
     again: int | None = None
+    seen: list[Any] = field(default_factory=list)
     error: Exception | None = None
     cause: Exception | None = None
 
@@ -331,7 +335,8 @@ class Driver:
         self._checkpoints.identify(whole)
         resume = self._job.resume
         if resume is not None and self._job.config.deterministic:
-            check_same(resume.place.path, resume.manifest, whole)
+            here = of_agents(whole) if self._past.elsewhere else {}
+            check_same(resume.place.path, resume.manifest, {n: said for n, said in whole.items() if n not in here})
 
     def on_failed(self, replica: Replica, failed: Failed) -> None:
         """An agent's call raised: the job's fault, not the agent's."""
@@ -654,6 +659,7 @@ class Driver:
             if len(digests) > 1 and self._admission.exact:
                 raise ProtocolError(f"agents ended with different states: {stops}")
         last = next(iter(stops.values()))
+        self.outcome.seen = [seen for _, stop in sorted(stops.items()) for seen in stop.seen]
         self._checkpoints.take_last(last.weights_digest, lambda path: self._finished(last, path))
 
     def _finished(self, last: Stopped, path: str) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # How long a job is, and what is looked at or written on the way, changes nothing of the way.
 _FREE = ("epochs", "steps", "evaluate_every", "checkpoint_every")
 
+_AGENTS = "the agents' "
+
 Identity = dict[str, str]  # by name, for people: TrainConfig(seed), the model, …
 
 
@@ -47,7 +49,12 @@ def of_state(state: TrainingState, profile: Mapping[str, object]) -> Identity:
         said[f"the optimizer {key!r}"] = f"{type(optimizer).__name__} {json.dumps(groups, default=str)}"
     for key, scheduler in state.schedulers.items():
         said[f"the scheduler of {key!r}"] = type(scheduler).__name__
-    return said | {f"the agents' {name}": str(value) for name, value in profile.items()}
+    return said | {f"{_AGENTS}{name}": str(value) for name, value in profile.items()}
+
+
+def of_agents(identity: Identity) -> Identity:
+    """What of it is of the machines that agents run on."""
+    return {name: said for name, said in identity.items() if name.startswith(_AGENTS)}
 
 
 def differences(old: Identity, new: Identity) -> list[str]:

@@ -43,8 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, storage_path: str, name: str, filesystem: pyarrow.fs.FileSystem | None = None):
-        root = Place(filesystem, storage_path) if filesystem is not None else Place.of(storage_path)
-        self.place = Place(root.filesystem, f"{root.path.rstrip('/')}/{name}")
+        self.place = run_place(storage_path, name, filesystem)
         self.attempt = 0
         self._io = ThreadPoolExecutor(1, "ray_dnn-storage")
         try:
@@ -106,6 +105,12 @@ class RunFolder:
     def close(self) -> None:
         """Nothing is written any more."""
         self._io.shutdown(wait=False)
+
+
+def run_place(storage_path: str, name: str, filesystem: pyarrow.fs.FileSystem | None = None) -> Place:
+    """The folder of a run."""
+    root = Place(filesystem, storage_path) if filesystem is not None else Place.of(storage_path)
+    return Place(root.filesystem, f"{root.path.rstrip('/')}/{name}")
 
 
 class LineFile:
@@ -209,7 +214,9 @@ def attempts(place: Place, kind: str) -> list[int]:
 def _parts(place: Place, kind: str) -> Mapping[int, list[str]]:
     """The names of the parts of each attempt's file, in order."""
     found: dict[int, list[str]] = {}
-    for name in sorted(place.sizes(), key=lambda name: name.removesuffix(".jsonl")):  # the first one may have no number
+    for name in sorted(
+        place.sizes(missing=True), key=lambda name: name.removesuffix(".jsonl")
+    ):  # the first one may have no number
         if match := re.fullmatch(rf"{kind}-(\d+)(\.\d+)?\.jsonl", name):
             found.setdefault(int(match[1]), []).append(name)
     return found

@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -24,6 +24,7 @@ from ray_dnn.checkpoint import Manifest, Place, verify
 from ray_dnn.cluster import Places
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.driver import Driver, Outcome, Past, Size
+from ray_dnn.engine.looking import Look
 from ray_dnn.errors import ConfigError, UserCodeError
 from ray_dnn.events import CheckpointDamaged, Event, EventLog, RunResumed, RunStarted
 from ray_dnn.feed.datasets import open_datasets
@@ -31,6 +32,7 @@ from ray_dnn.feed.source import Source
 from ray_dnn.identity import Identity, of_job
 from ray_dnn.limits import Limits, check_audit, check_run, check_scaling
 from ray_dnn.liveness import Patience
+from ray_dnn.replay import Again, Replay, replay
 from ray_dnn.resume import find
 from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
@@ -113,32 +115,67 @@ class Trainer:
             ray.train.TrainingFailedError: with the user's exception or a `ray_dnn.errors` one as its cause.
             KeyboardInterrupt: after Ctrl-C, when all agents have ended.
         """
-        handle = self.start()
-        with _ending_on_signals(handle):
-            return handle.result()
+        return self._finish(self.start())
 
     def start(self) -> Handle:
         """Start training in the background."""
         return self._start({})
 
+    def replay(self, step: int, look: Look | None = None, activations: Sequence[str] = ()) -> Replay:
+        """Run a past step of the run with this storage path and name again, and look at it.
+
+        The steps from the nearest checkpoint on are run by as few agents as can be: usually one. On machines of the
+        run's kind they give the same bits, which is compared; on others the same to a relative 1e-3. Nothing of the
+        run is changed; what is run again has a folder of its own, ``replay-…`` in the run's.
+
+        Args:
+            step: its number, from 0.
+            look: called on the agent with what each virtual worker contributes in this step, a `ray_dnn.replay.Seen`:
+                rows, batches, gradients, activations, model. What it returns comes back in ``Replay.seen``.
+            activations: names of modules whose activations are wanted, as ``nn.Module.named_modules`` gives them;
+                ``*`` stands for anything.
+
+        Raises:
+            ConfigError: the run has no such step on record, or is another job.
+            ray.train.TrainingFailedError: as `fit`.
+        """
+        return replay(self, step, look, activations)
+
+    def _finish(self, handle: Handle) -> Result:
+        with _ending_on_signals(handle):
+            return handle.result()
+
     def _start(self, script: dict[int, int], faults: Striker | None = None) -> Handle:
+        return self._run(self._prepare(), script, faults)
+
+    def _prepare(self) -> _Prepared:
+        """Look at all that can be known before anything is started."""
         if not ray.is_initialized():
             ray.init()
         _show_log()
         sources = open_datasets(self.datasets)
-        run = self.run_config
-        if run.storage_path is None or run.name is None:
-            raise ConfigError("RunConfig needs a storage_path and a name.")
-        folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
         begun = self._begun()
         train = sources["train"]
         identity = of_job(self.config, self.strategy, self.replica_size, len(train.units), train.counts)
         if begun is not None:
             identity["start_from"] = f"{self.load} of {begun.fingerprint}"
+        return _Prepared(sources, identity, begun)
+
+    def _run(
+        self,
+        prepared: _Prepared,
+        script: dict[int, int] | None = None,
+        faults: Striker | None = None,
+        again: Again | None = None,
+    ) -> Handle:
+        run = self.run_config
+        if run.storage_path is None or run.name is None:
+            raise ConfigError("RunConfig needs a storage_path and a name.")
+        folder = RunFolder(run.storage_path, run.name, run.storage_filesystem)
         failures = run.failure_config.max_failures if run.failure_config else 0
         limits = self._limits()
-        size = Size(limits.least, limits.most, failures, script)
-        return Handle(self, sources, size, limits.places(run, self.config, faults), folder, identity, begun)
+        size = Size(limits.least, limits.most, failures, script or {})
+        return Handle(self, prepared, size, limits.places(run, self.config, faults), folder, again)
 
     def _begun(self) -> Begun | None:
         """The checkpoint that the run is to begin with, verified."""
@@ -158,21 +195,34 @@ class Trainer:
         return check_scaling(self.scaling_config, self.config, self.replica_size, self.strategy)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A job that can be run.
+
+    Attributes:
+        identity: what it is, as far as the driver knows.
+        begun: the checkpoint that it begins with.
+    """
+
+    sources: Mapping[str, Source]
+    identity: Identity
+    begun: Begun | None
+
+
 class Handle:
     """A run under way. Reading changes nothing; commands are recorded with the step at which they took effect."""
 
     def __init__(
         self,
         trainer: Trainer,
-        sources: Mapping[str, Source],
+        prepared: _Prepared,
         size: Size,
         places: Places,
         folder: RunFolder,
-        identity: Identity,
-        begun: Begun | None,
+        again: Again | None,
     ):
-        self._trainer, self._folder, self._size = trainer, folder, size
-        self._sources, self._places, self._identity, self._begun = sources, places, identity, begun
+        self._trainer, self._prepared, self._size = trainer, prepared, size
+        self._places, self._folder, self._again = places, folder, again
         self._log = EventLog((_log_event, lambda event: self._file.write(event.to_json())))
         self._driver = self._attempt(size)
         self._outcome: Future[Outcome] = Future()
@@ -181,30 +231,35 @@ class Handle:
 
     def _attempt(self, size: Size) -> Driver:
         """Prepare to begin, or to go on from what earlier attempts have left."""
-        trainer, folder = self._trainer, self._folder
+        trainer, folder, prepared, again = self._trainer, self._folder, self._prepared, self._again
         damaged: list[CheckpointDamaged] = []
-        resume, kept = find(folder, self._identity, damaged.append)
+        if again is None:
+            resume, kept = find(folder, prepared.identity, damaged.append)
+        else:
+            resume, kept, damaged = again.resume, [], list(again.damaged)
         job = Job(
             spec=trainer.spec,
             config=trainer.config,
             strategy=trainer.strategy,
-            evaluated=tuple(name for name in self._sources if name != "train"),
+            evaluated=tuple(name for name in prepared.sources if name != "train"),
             secret=secrets.token_bytes(32),
             replica_size=trainer.replica_size,
             audit=trainer.audit,
-            begun=self._begun,
+            begun=prepared.begun,
             resume=resume,
+            watch=again.watch if again is not None else None,
         )
         folder.claim()
         self._file = folder.append_file(EVENTS)
-        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": self._sources["train"].rows}
+        about = trainer.config.as_dict() | {"strategy": repr(trainer.strategy), "rows": prepared.sources["train"].rows}
         self._log.add(RunStarted(str(trainer.run_config.name), folder.path, folder.attempt, about))
         for event in damaged:
             self._log.add(event)
         if resume is not None:
             self._log.add(RunResumed(resume.manifest.step, resume.place.path, resume.manifest.attempt))
-        past = Past(self._identity, kept, trainer.run_config.checkpoint_config or CheckpointConfig())
-        return Driver(job, self._sources, size, self._places, trainer.patience, folder, self._log, past)
+        keep = trainer.run_config.checkpoint_config or CheckpointConfig()
+        past = Past(prepared.identity, kept, keep, elsewhere=again is not None)
+        return Driver(job, prepared.sources, size, self._places, trainer.patience, folder, self._log, past)
 
     def _run(self) -> None:
         try:
@@ -272,6 +327,11 @@ class Handle:
             ],
             _storage_filesystem=folder.filesystem,
         )
+
+    @property
+    def _seen(self) -> list[Any]:
+        """What ``look`` returned in a replay that has ended, in order."""
+        return self._outcome.result().seen
 
     def _interrupt(self) -> None:
         """End all agents: after a last checkpoint, or at once when Ctrl-C is pressed again."""

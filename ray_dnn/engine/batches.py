@@ -67,6 +67,10 @@ class BatchSource:
         """The numbers of a worker's rows in a step. Shape: (rows,)."""
         return _numbers(self._supply.table(step, worker))
 
+    def table(self, step: int, worker: int) -> pa.Table:
+        """A worker's rows of a step, as they were read."""
+        return self._supply.table(step, worker).drop_columns([NUMBERS])
+
     def batches(self, step: int, worker: int) -> list[Batch]:
         """A worker's batches of a step, read and collated."""
         out = []

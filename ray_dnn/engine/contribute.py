@@ -83,6 +83,7 @@ class Contributor:
 
     Attributes:
         memory: where leaves lie; None: in memory that nobody else reads.
+        seen: what the user made of contributions, where they are looked at (see `ray_dnn.engine.looking`).
     """
 
     def __init__(self, state: TrainingState, strategy: Strategy, source: BatchSource):
@@ -91,6 +92,7 @@ class Contributor:
         self.source = source
         self.marks = Marks()
         self.memory: SharedMemory | None = None
+        self.seen: list[Any] = []
         self.layouts: dict[str, Layout] = {}
         for phase in state.phases:
             state.phase = phase
