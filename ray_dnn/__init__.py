@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_dnn.checkpoint import load_weights
     from ray_dnn.config import Audit, Loss, TrainConfig, TrainSpec
+    from ray_dnn.engine.looking import Seen
     from ray_dnn.errors import RayDnnError
     from ray_dnn.liveness import Patience
+    from ray_dnn.replay import Replay
     from ray_dnn.strategies import Batch, Combined, Contribution, DataParallel, Strategy
     from ray_dnn.trainer import Handle, Trainer
 
@@ -21,6 +23,8 @@ __all__ = [
     "Loss",
     "Patience",
     "RayDnnError",
+    "Replay",
+    "Seen",
     "Strategy",
     "TrainConfig",
     "TrainSpec",
@@ -42,6 +46,8 @@ _HOMES = {
     "Loss": "config",
     "Patience": "liveness",
     "RayDnnError": "errors",
+    "Replay": "replay",
+    "Seen": "engine.looking",
     "Strategy": "strategies",
     "TrainConfig": "config",
     "TrainSpec": "config",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray._private.state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -76,3 +77,17 @@ def room() -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
     shown = [key for key in ("CPU", "GPU") if total.get(key)]
     return ", ".join(f"{free.get(key, 0):g} of {total[key]:g} {key} free" for key in shown) or "no CPUs"
+
+
+def alive_nodes() -> set[str]:
+    """The nodes that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """The nodes that are going to end, with the time when they do, in seconds since the epoch; None: it is not known.
+
+    Not a public interface of Ray: the one that Ray Train looks at.
+    """
+    deadlines: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: deadline / 1000 if deadline else None for node, deadline in deadlines.items()}

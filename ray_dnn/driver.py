@@ -19,22 +19,25 @@ belongs to a generation that is over (`Underway.end`) is not looked at.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig
 
 from ray_dnn.admission import Admission
 from ray_dnn.agent import Command, Convicted, Failed, Job, Left, Stopped
 from ray_dnn.checkpoints import Checkpoints, Kept
 from ray_dnn.cluster import Places
+from ray_dnn.draining import LEAVE_S, Draining
 from ray_dnn.engine.reports import Report
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
     Decided,
     EventLog,
     GenerationFormed,
+    NodeDraining,
     Paused,
     RunFailed,
     RunFinished,
@@ -66,6 +69,7 @@ _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 _FENCE_S = 15.0  # between two looks whether the run was started again
 _COMPLETE = "complete a checkpoint"  # a request of its own
+_ENDING = "its node is going to end"
 _LAST_S = 25.0  # that the checkpoint of an interrupted run may take
 
 
@@ -155,6 +159,7 @@ class Driver:
         self._fleet = Fleet(self._loop, log, job, places, patience, self._guard, self)
         self._admission = Admission(log, job.config.deterministic)
         self._followings = Followings(self._loop, log, self._consider)
+        self._draining = Draining(self._loop.post, self._on_draining)
         head = LedgerHead(order, schedule, len(train.units), train.counts is not None, job.first_step)
         self._recorder = Recorder(job, folder, log, head)
         if train.counts is not None:
@@ -170,6 +175,7 @@ class Driver:
         self._script = Script(size.script)
         self._members: list[Replica] = []  # who holds the state: of the present generation, or of the last one
         self._lost: list[str] = []  # agents, since the present generation was formed
+        self._node = ray.get_runtime_context().get_node_id()  # of this process
         self._founders: set[str] = set()  # of the first generation: the state as built is the state of the run
         self._generation = 0  # the number of the newest one
         self._now: Underway | None = None  # the newest one, until it is over
@@ -188,6 +194,7 @@ class Driver:
         """Run to the end. Returns how it ended; never raises for a failure of the job."""
         try:
             self._feed.start()
+            self._draining.start()
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
             self._heartbeat()
             self._watch_fence()
@@ -221,6 +228,9 @@ class Driver:
     def on_opened(self, replica: Replica) -> None:
         """A replica's agents are there, and know nothing yet."""
         _supply(replica, self._feed.news())
+        if any(map(self._draining.is_draining, replica.nodes)):
+            self._fleet.release(replica, _ENDING, wanted=True)
+            self._consider()
 
     def _first_size(self) -> int:
         return self._script.size or self._size.minimum
@@ -314,6 +324,31 @@ class Driver:
     def on_placed(self) -> None:
         """Some replicas got their places, or gave them up."""
         self._consider()
+
+    def _on_draining(self, node: str, left: float | None) -> None:
+        """A node is going to end, in so many seconds if that is known."""
+        self._fleet.avoid(node)
+        there = [r for r in self._fleet.replicas.values() if node in r.nodes]
+        if not there and node != self._node:
+            return
+        self._log.add(NodeDraining(node, [r.name for r in there], left))
+        for replica in there:
+            if replica not in self._members:
+                self._fleet.release(replica, _ENDING, wanted=True)
+        lasting = [r for r in self._members if not any(map(self._draining.is_draining, r.nodes))]
+        if len(lasting) < self._view().minimum or node == self._node:
+            self._checkpoints.want(lambda _: None)  # others may not be there in time
+        if left is not None:
+            self._loop.later(max(0.0, left - self._leave_s), self._consider)
+        self._consider()
+
+    @property
+    def _leave_s(self) -> float:
+        """How long before its node ends an agent leaves: it may have to finish a step, and to write a checkpoint."""
+        return LEAVE_S + 2 * self._recorder.step_s
+
+    def _draining_members(self, which: Callable[[str], bool]) -> frozenset[str]:
+        return frozenset(r.name for r in self._members if any(map(which, r.nodes)))
 
     def on_ready(self, replica: Replica) -> None:
         """A replica is built."""
@@ -460,13 +495,16 @@ class Driver:
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
             starting=len(self._fleet.starting) + len(built) - len(ready),
+            leaving=self._draining_members(lambda node: self._draining.ends_in(node) <= self._leave_s),
+            expiring=self._draining_members(self._draining.is_draining),
             one_by_one=self._job.strategy.worker_state == "mirrored",
         )
 
     def _consider(self) -> None:
         """Look at the membership and act on it."""
         self._have_followed()
-        decision = decide(self._view())
+        view = self._view()
+        decision = decide(view)
         if decision.withdraw:
             for replica in self._fleet.starting[-decision.withdraw :]:
                 self._fleet.release(replica, "not wanted any more")
@@ -476,12 +514,20 @@ class Driver:
             self._fleet.replace(decision.ask, GROWTH)
         elif not decision.ask:
             self._fleet.tidy()
+        if self._running and not decision.changed and view.leaving:
+            self._stop_for_lack()
         if decision.members is None or not decision.changed:
             return
         if self._running:
             self._decide_pause("regroup", decision.reason)
         elif not self._members or self._waiting:
             self._form(decision, self._finishing)
+
+    def _stop_for_lack(self) -> None:
+        """Members' nodes end, and without them there are too few: write what there is, and wait for others."""
+        if not any(request.kind == _COMPLETE for request in self._commands):
+            self._commands.append(Request(_COMPLETE))
+            self._decide_pause("pause", "nodes end, and too few agents would be left")
 
     def _have_followed(self) -> None:
         """Have newcomers follow members that train."""
@@ -620,12 +666,16 @@ class Driver:
         if self._finishing:
             self._form(Decision(tuple(r.name for r in self._members)), finish=True)
             return
-        decision = decide(self._view())
-        if decision.members:
+        view = self._view()
+        decision = decide(view)
+        if decision.members and not set(decision.members) <= view.leaving:
             self._form(decision)
-        else:
-            self._waiting = True  # a script waits for the agents that it names
-            self._consider()
+            return
+        # A script waits for the agents that it names; or nodes end, and replacements are not there yet.
+        self._waiting = True
+        self._falls += 1
+        self._still_below(self._falls, 0.0)
+        self._consider()
 
     def _served(self) -> None:
         self._commands.pop(0).answer.set_result(None)
@@ -684,6 +734,7 @@ class Driver:
         """Leave nothing behind."""
         self.requests.close(self.outcome.error or RayDnnError("The run has ended."))
         try:
+            self._draining.close()
             self._checkpoints.close()
             self._feed.close()
             self._guard.close()

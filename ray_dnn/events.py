@@ -148,6 +148,20 @@ class GenerationFormed(Event):
 
 
 @dataclass(frozen=True)
+class NodeDraining(Event):
+    """A node is going to end. ``left_s``: seconds until then; None: nobody knows."""
+
+    node: str
+    agents: list[str]
+    left_s: float | None
+
+    def text(self) -> str:
+        when = "" if self.left_s is None else f" in {self.left_s:.0f} s"
+        who = ", ".join(self.agents) or "the driver"
+        return f"node {self.node[:12]} is going to end{when}, and {who} with it; replacements are asked for"
+
+
+@dataclass(frozen=True)
 class Paused(Event):
     generation: int
     step: int

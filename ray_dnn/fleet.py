@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import re
@@ -13,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
-from ray_dnn.cluster import Gang, Places, room
+from ray_dnn.cluster import Gang, Places, alive_nodes, room
 from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.guard import Guard
@@ -40,10 +41,15 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True)
 class Seats:
-    """Places of one replica in a gang, by index."""
+    """Places of one replica in a gang, by index.
+
+    Attributes:
+        nodes: that the last agents there were on.
+    """
 
     gang: Gang
     indexes: tuple[int, ...]
+    nodes: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -66,6 +72,11 @@ class Replica:
     built: list[Built | None] = field(default_factory=list)
     first: bool = False
     proven: bool = False
+
+    @property
+    def nodes(self) -> set[str]:
+        """Where its agents are, as far as they have said hello."""
+        return {hello.node_id for hello in self.hellos if hello is not None}
 
     def hello(self, rank: int) -> Hello:
         """Where an agent of a replica that has started is."""
@@ -106,6 +117,7 @@ class Fleet:
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
+        self._avoided: set[str] = set()  # nodes that are going to end
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -134,12 +146,19 @@ class Fleet:
 
     def replace(self, count: int, purpose: str) -> None:
         """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
-        while count and self._vacant:
-            self._start([self._add(self._vacant.pop(0))])
+        # Of places on a node that is going to end, Ray makes others when it has ended.
+        ending = self._avoided & alive_nodes() if self._avoided else set()
+        for seats in [s for s in self._vacant if not s.nodes & ending][:count]:
+            self._vacant.remove(seats)
+            self._start([self._add(seats)])
             count -= 1
         if count and not self.staged(Stage.ASKED):
             # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
             self.ask(1, purpose)
+
+    def avoid(self, node: str) -> None:
+        """This node is going to end: start nobody there."""
+        self._avoided.add(node)
 
     def _add(self, seats: Seats) -> Replica:
         number, size = next(self._numbers), self._job.replica_size
@@ -272,7 +291,7 @@ class Fleet:
             self._guard.forget(name)
         for agent in replica.agents:
             ray.kill(agent)
-        self._vacant.append(replica.seats)
+        self._vacant.append(dataclasses.replace(replica.seats, nodes=frozenset(replica.nodes)))
         if started:
             self._log.add(AgentGone(replica.name, reason))
         if not wanted:

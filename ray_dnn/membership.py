@@ -17,7 +17,8 @@ class View:
         members: of the present generation, in the order in which they joined. Empty before the first one.
         ready: built and admitted, waiting for a step boundary, in the order in which they became ready.
         starting: asked for and not ready yet.
-        leaving: members that must go (told so by the user or by their node).
+        leaving: members that must go, for their nodes end.
+        expiring: members that should be replaced, for their nodes are going to end; they stay until then.
         one_by_one: whether no two may leave at once.
     """
 
@@ -29,6 +30,7 @@ class View:
     ready: tuple[str, ...] = ()
     starting: int = 0
     leaving: frozenset[str] = frozenset()
+    expiring: frozenset[str] = frozenset()
     one_by_one: bool = False
 
     @property
@@ -67,18 +69,27 @@ class Decision:
 def decide(view: View) -> Decision:
     """The next generation's members and what to ask the cluster for.
 
-    Members stay unless they must leave or there are more than wanted (then the newest go). Newcomers join in the order
-    in which they became ready. A generation below the minimum is never formed.
+    Members stay unless they must leave, newcomers take the places of those that expire, or there are more than wanted
+    (then the newest go). Newcomers join in the order in which they became ready. A generation below the minimum is
+    never formed, nor one of newcomers alone: somebody must hold the state.
     """
-    staying = [m for m in view.members if m not in view.leaving]
-    going = [*(m for m in view.members if m in view.leaving), *reversed(staying[view.wanted :])]
+    lasting = [m for m in view.members if m not in view.leaving | view.expiring]
+    places = max(0, view.wanted - len(lasting))  # for newcomers first
+    spare = max(0, places - len(view.ready))
+    expiring = [m for m in view.members if m in view.expiring - view.leaving]
+    going = [m for m in view.members if m in view.leaving]
+    going += [*expiring[spare:], *reversed(lasting[view.wanted :])]
     if view.one_by_one:
         going = going[:1]
+    last = len(going) == len(view.members) > 0 < len(view.ready)
+    if last:
+        going.pop()  # until the next time
     staying = [m for m in view.members if m not in going]
-    joining = view.ready[: max(0, view.wanted - len(staying))]
-    lacking = view.wanted - len(staying) - len(view.ready) - view.starting
+    most = min(view.workers, view.wanted + 1) if last else view.wanted
+    joining = view.ready[: max(0, min(places, most - len(staying)))]
+    lacking = places - len(view.ready) - view.starting
     ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
-    dismiss = view.ready[len(joining) :]
+    dismiss = view.ready[places:]
     members = (*staying, *joining)
     leaving = tuple(m for m in view.members if m in going)
     if len(members) < view.minimum:

@@ -65,6 +65,11 @@ class Recorder:
         """Since when the ledger cannot be written."""
         return self._ledger.failing_since
 
+    @property
+    def step_s(self) -> float:
+        """Seconds that the last step took; 0: there was none."""
+        return self._last.time - self._last.began if self._last is not None else 0.0
+
     def flush(self) -> None:
         """Have all that is known written."""
         self._ledger.flush()

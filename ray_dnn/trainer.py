@@ -9,11 +9,11 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd  # type: ignore[import-untyped]
 import ray
@@ -38,6 +38,9 @@ from ray_dnn.storage import EVENTS, RunFolder
 from ray_dnn.strategies import DataParallel, Strategy
 
 logger = logging.getLogger("ray_dnn")
+
+# Called with a trainer that is told to train. Set by the command line, which runs scripts to do something else.
+instead: Callable[[Trainer], NoReturn] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Trainer:
 
     def start(self) -> Handle:
         """Start training in the background."""
+        if instead is not None:
+            instead(self)
         return self._start({})
 
     def replay(self, step: int, look: Look | None = None, activations: Sequence[str] = ()) -> Replay:

@@ -40,6 +40,7 @@ LAYERS = {
     "faults": 3,
     "requests": 3,
     "underway": 3,
+    "draining": 3,
     "loop": 3,
     "watcher": 3,
     "guard": 3,
@@ -50,8 +51,10 @@ LAYERS = {
     "trainer": 4,
     "limits": 4,
     "testing": 4,
+    "replay": 4,
     "": 4,  # ray_dnn/__init__.py, the public face: others reach it from layer 4 up, it reaches everything
     "cli": 5,
+    "__main__": 5,
     "progress": 5,
     "report": 5,
 }

@@ -313,6 +313,7 @@ def views(draw: st.DrawFn) -> View:
         ready=tuple(names[there:]),
         starting=draw(st.integers(0, 6)),
         leaving=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
+        expiring=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
         one_by_one=draw(st.booleans()),
     )
 
@@ -323,8 +324,11 @@ def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> No
     decision = decide(view)
     if decision.members is not None:
         assert len(decision.members) >= view.minimum
-        # Where only one may leave at once, those who are too many go one after another.
-        assert len(decision.members) <= max(view.wanted, len(view.members) - 1 if view.one_by_one else 0)
+        # Where only one may leave at once, those who are too many go one after another. One may have to stay until
+        # others have the state.
+        alone = len(set(decision.members) & set(view.members)) == 1
+        most = min(view.workers, view.wanted + alone)
+        assert len(decision.members) <= max(most, len(view.members) - 1 if view.one_by_one else 1)
     assert decision == decide(replace(view))
 
 
@@ -334,16 +338,26 @@ def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
     decision = decide(view)
     if decision.members is None:
         return
-    may_stay = [m for m in view.members if m not in view.leaving]
+    may_stay = [m for m in view.members if m not in view.leaving | view.expiring]
+    expiring = [m for m in view.members if m in view.expiring - view.leaving]
     stayed = [m for m in decision.members if m in view.members]
-    must_go = [m for m in view.members if m not in may_stay[: view.wanted]]
+    too_many = [m for m in view.members if m not in may_stay[: view.wanted]]
     assert set(decision.leaving) == set(view.members) - set(stayed)
-    assert set(decision.leaving) <= set(must_go)
-    assert len(decision.leaving) == (min(len(must_go), 1) if view.one_by_one else len(must_go))
+    assert set(decision.leaving) <= set(too_many)
+    # Somebody holds the state.
+    assert stayed or not view.members
+    # Whoever expires stays until a newcomer takes the place, or there are more than wanted.
+    lost = [m for m in expiring if m in decision.leaving]
+    assert not lost or len(may_stay) + len(expiring) - len(lost) + len(view.ready) >= view.wanted
+    must_go = [m for m in too_many if m not in expiring] + lost
+    if view.one_by_one:
+        assert len(decision.leaving) <= 1
+    elif len(stayed) > 1 or not view.ready:
+        assert set(decision.leaving) == set(must_go)
     assert decision.members == (*stayed, *decision.joining)
     assert decision.joining == view.ready[: len(decision.joining)]
     assert decision.changed == (decision.members != view.members)
-    assert not (decision.joining and decision.dismiss) or len(decision.members) == view.wanted
+    assert not (decision.joining and decision.dismiss) or len(decision.members) >= view.wanted
 
 
 def test_who_must_go_goes_before_who_is_too_many_and_the_newest_first() -> None:
@@ -355,6 +369,22 @@ def test_who_must_go_goes_before_who_is_too_many_and_the_newest_first() -> None:
     assert gone == ["b", "d"]
 
 
+def test_all_members_are_replaced_in_two_generations_so_that_the_state_is_handed_on() -> None:
+    view = View(2, 2, 9, 2, ("a", "b"), ready=("c", "d"), expiring=frozenset("ab"))
+    first = decide(view)
+    assert (first.members, first.leaving) == (("b", "c", "d"), ("a",))
+    second = decide(after(view, first))
+    assert (second.members, second.leaving) == (("c", "d"), ("b",))
+
+
+def test_replacements_are_asked_for_when_it_is_known_that_members_expire() -> None:
+    view = View(2, 4, 9, 4, ("a", "b", "c", "d"), expiring=frozenset("bd"))
+    decision = decide(view)
+    assert (decision.ask, decision.changed) == (2, False)
+    one = decide(replace(view, starting=1, ready=("e",)))
+    assert (one.members, one.ask) == (("a", "b", "c", "e"), 0)
+
+
 _numbers = itertools.count()
 
 
@@ -364,7 +394,15 @@ def after(view: View, decision: Decision) -> View:
     ready = [r for r in view.ready if r not in (*decision.joining, *decision.dismiss)]
     ready += [f"new{next(_numbers)}" for _ in range(started)]
     members = view.members if decision.members is None else decision.members
-    return replace(view, members=members, leaving=view.leaving - {*decision.leaving}, ready=tuple(ready), starting=0)
+    gone = {*decision.leaving}
+    return replace(
+        view,
+        members=members,
+        leaving=view.leaving - gone,
+        expiring=view.expiring - gone,
+        ready=tuple(ready),
+        starting=0,
+    )
 
 
 @examples

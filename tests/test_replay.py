@@ -1,19 +1,14 @@
 """A past step of a run is run again: the same bits, and all that is in it can be looked at."""
 
-import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs_for_tests import CONFIG, build_model, features, loss, trainer
-from ray.train import Result, TrainingFailedError
+from jobs_for_tests import build_model, features, trainer
 
 from ray_dnn import load_weights
-from ray_dnn.checkpoint import MANIFEST, Manifest, Place
-from ray_dnn.errors import ConfigError
-from ray_dnn.replay import Seen, Summary
+from ray_dnn.replay import Seen
 from ray_dnn.testing import read_ledger
 
 pytestmark = pytest.mark.usefixtures("cluster")
