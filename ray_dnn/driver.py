@@ -69,6 +69,7 @@ _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 _FENCE_S = 15.0  # between two looks whether the run was started again
 _COMPLETE = "complete a checkpoint"  # a request of its own
+_SHORTLY_S = 0.1
 _ENDING = "its node is going to end"
 _LAST_S = 25.0  # that the checkpoint of an interrupted run may take
 
@@ -338,9 +339,17 @@ class Driver:
         lasting = [r for r in self._members if not any(map(self._draining.is_draining, r.nodes))]
         if len(lasting) < self._view().minimum or node == self._node:
             self._checkpoints.want(lambda _: None)  # others may not be there in time
-        if left is not None:
-            self._loop.later(max(0.0, left - self._leave_s), self._consider)
         self._consider()
+        if left is not None:
+            self._watch_end(node)
+
+    def _watch_end(self, node: str) -> None:
+        """Have those leave who are still there shortly before a node ends."""
+        left = self._draining.ends_in(node) - self._leave_s  # which may change meanwhile
+        if left > 0:
+            self._loop.later(max(left, _SHORTLY_S), lambda: self._watch_end(node))
+        else:
+            self._consider()
 
     @property
     def _leave_s(self) -> float:
