@@ -173,7 +173,7 @@ def test_where_all_nodes_have_ended_nothing_is_computed_again(cluster: Any, tmp_
     )
     (again,) = of(result, RunResumed)
     assert len(read_ledger(result, attempt=1).lines) == again.step
-    assert len([e for e in of(result, AgentStarted)]) == 1
+    assert len(list(of(result, AgentStarted))) == 1
     assert_as_undisturbed(result, tmp_path)
     for node in others:
         cluster.remove_node(node)
