@@ -23,8 +23,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from socket import gethostname
-from tempfile import gettempdir
-from typing import Protocol
+from tempfile import mkdtemp
+from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig
@@ -391,31 +391,44 @@ class Checkpoints:
     def _rescue(self, attempt: _Attempt, error: Exception) -> None:
         """The storage stays away: write what there is where this process is, and end the run."""
         assert attempt.taken is not None
-        name = self._name(attempt.taken.step)
-        place = Place.of(Path(gettempdir()) / f"ray_dnn-{self._folder.place.name}" / name)
-        count = len(attempt.members)
-        asked = [
-            attempt.members[by].agents[rank].hand_over.remote(attempt.number, writer)
-            for writer in range(count)
-            for by in {writer, (writer + 1) % count}
-            for rank in range(len(attempt.members[by].agents))
-        ]
         taken = attempt.taken
+        rescued = dict(attempt.index)
+        why = f"The storage of {self._folder.path} has refused for {_GIVE_UP_S / 60:.0f} minutes: {error}."
+        coming = {(writer, rank) for writer, r in enumerate(attempt.members) for rank in range(len(r.agents))}
 
-        def handed(parts: list[dict[str, bytes]] | None, failed: Exception | None) -> None:
-            why = f"The storage of {self._folder.path} has refused for {_GIVE_UP_S / 60:.0f} minutes: {error}."
-            if parts is not None:
-                place.make()
-                whole = {n: data for part in parts for n, data in part.items()} | attempt.index
-                files = {n: place.write(n, data) for n, data in whole.items()}
-                place.write(MANIFEST, self._manifest(taken, files).to_json())
-                why += (
-                    f" The state after step {taken.step} is in {place.path} on {gethostname()}: move it to the run's "
-                    "folder and start the run again."
-                )
-            self._owner.on_storage_lost(CheckpointError(why))
+        def ask(writer: int, rank: int, by: int) -> None:
+            self._loop.watch(
+                attempt.members[by].agents[rank].hand_over.remote(attempt.number, writer),
+                lambda parts, failed: handed(writer, rank, by, parts, failed),
+            )
 
-        self._loop.gather(asked, handed)
+        def handed(writer: int, rank: int, by: int, parts: Any, failed: Exception | None) -> None:
+            second = (writer + 1) % len(attempt.members)
+            if isinstance(parts, dict):
+                rescued.update(parts)
+                coming.remove((writer, rank))
+                if not coming:
+                    self._owner.on_storage_lost(CheckpointError(f"{why} {self._write_here(taken, rescued)}"))
+            elif by != second:
+                ask(writer, rank, second)
+            else:
+                self._owner.on_storage_lost(CheckpointError(f"{why} The state was lost: {failed or parts}"))
+
+        for writer, rank in list(coming):
+            ask(writer, rank, writer)
+
+    def _write_here(self, taken: Taken, parts: dict[str, bytes]) -> str:
+        """Write a checkpoint, and what the ledger lacks, to this process's machine. Returns what to say of it."""
+        folder = Place.of(Path(mkdtemp(prefix=f"ray_dnn-{self._folder.place.name}-")))
+        place = folder.below(self._name(taken.step))
+        place.make()
+        files = {name: place.write(name, data) for name, data in parts.items()}
+        place.write(MANIFEST, self._manifest(taken, files).to_json())
+        folder.write(*self._recorder.unwritten())
+        return (
+            f"The state after step {taken.step} is in {folder.path} on {gethostname()}: move all that is there into "
+            "the run's folder and start the run again."
+        )
 
     def _manifest(self, taken: Taken, files: dict[str, File]) -> Manifest:
         return Manifest(

@@ -65,6 +65,10 @@ class Recorder:
         """Since when the ledger cannot be written."""
         return self._ledger.failing_since
 
+    def unwritten(self) -> tuple[str, bytes]:
+        """What of the ledger has not reached storage, and the name of the file that it belongs to."""
+        return self._ledger.unwritten()
+
     @property
     def step_s(self) -> float:
         """Seconds that the last step took; 0: there was none."""

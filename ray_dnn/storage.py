@@ -12,6 +12,7 @@ import re
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -125,8 +126,8 @@ class LineFile:
         self._lines: list[str] = []  # that no thread has been asked to write
         self._flushed = time.monotonic()
         self.failing_since: float | None = None
+        self._unwritten: deque[bytes] = deque()  # that it has been asked to; it takes them off
         # Of the thread that writes:
-        self._unwritten = b""
         self._stream: Any = None
         self._parts = 0
         self._every = _FLUSH_LOCAL_S
@@ -142,16 +143,24 @@ class LineFile:
         """Have all lines written. The answer comes when that has been tried."""
         self._flushed = time.monotonic()
         lines, self._lines = self._lines, []
-        data = "".join(f"{line}\n" for line in lines).encode()
-        return self._do(lambda: self._try(data))
+        if lines:
+            self._unwritten.append("".join(f"{line}\n" for line in lines).encode())
+        return self._do(self._try)
 
-    def _try(self, data: bytes) -> None:
-        self._unwritten += data
-        if not self._unwritten:
+    def unwritten(self) -> tuple[str, bytes]:
+        """What has not reached storage, and the name of the file that it belongs to."""
+        waiting = "".join(f"{line}\n" for line in self._lines).encode()
+        return self._part(), b"".join(list(self._unwritten)) + waiting
+
+    def _try(self) -> None:
+        waiting = list(self._unwritten)
+        if not waiting:
             return
         try:
-            self._append(self._unwritten)
-            self._unwritten, self.failing_since = b"", None
+            self._append(b"".join(waiting))
+            for _ in waiting:
+                self._unwritten.popleft()
+            self.failing_since = None
         except OSError:
             self.failing_since = self.failing_since or time.monotonic()
             self._stream = None  # whose end may be torn: go on in another part

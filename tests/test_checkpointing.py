@@ -1,5 +1,7 @@
 """The driver's side of checkpoints, with agents that do as the test says: when they are taken, and who writes them."""
 
+import re
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -13,7 +15,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import CheckpointConfig
 
 from ray_dnn.agent import Failed
-from ray_dnn.checkpoint import File, Manifest, Place
+from ray_dnn.checkpoint import File, Manifest, Place, verify
 from ray_dnn.checkpoints import Checkpoints
 from ray_dnn.engine.saving import Taken
 from ray_dnn.events import CheckpointFailed, CheckpointsLate, CheckpointWritten, EventLog
@@ -29,7 +31,7 @@ class Agent:
         self.dead = False
         self.dropped = 0
         self.waiting: dict[str, list[tuple[Future[Any], tuple[Any, ...]]]] = {"taken": [], "write": []}
-        for name in ("taken", "write", "drop"):
+        for name in ("taken", "write", "drop", "hand_over"):
             setattr(self, name, SimpleNamespace(remote=lambda *given, name=name: self._call(name, *given)))
 
     def _call(self, name: str, *given: Any) -> Future[Any]:
@@ -38,6 +40,8 @@ class Agent:
             self.dropped = max(self.dropped, given[0])
         elif self.dead:
             answer.set_exception(ActorDiedError())
+        elif name == "hand_over":
+            answer.set_result({f"part-{given[1]}": b"data"})
         else:
             self.waiting[name].append((answer, given))
         return answer
@@ -106,7 +110,12 @@ class Run:
         self.lost: list[Exception] = []
         self.refuses = False
         self.recorder: Any = SimpleNamespace(
-            steps=0, units={}, skipped_before=lambda step: 0, flush=lambda: None, failing_since=None
+            steps=0,
+            units={},
+            skipped_before=lambda step: 0,
+            flush=lambda: None,
+            failing_since=None,
+            unwritten=lambda: ("ledger-0001.000001.jsonl", b"lines"),
         )
         job: Any = SimpleNamespace(replica_size=1)
         self.checkpoints = Checkpoints(
@@ -275,6 +284,38 @@ def test_what_the_storage_refuses_is_tried_again(tmp_path: Path) -> None:
     run.write()
     assert [e.step for e in run.events(CheckpointWritten)] == [9]
     assert not run.lost
+
+
+@pytest.mark.parametrize("dead", [(), (1,), (0, 1)], ids=["all alive", "one dead", "two neighbours dead"])
+def test_a_storage_that_stays_away_ends_the_run_with_its_state_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: tuple[int, ...]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    run = Run(tmp_path / "runs", every=5)
+    run.checkpoints.look()
+    run.refuses = True
+    run.take(5)
+    assert not run.lost
+    monkeypatch.setattr("ray_dnn.checkpoints._GIVE_UP_S", 0.0)
+    run.loop.go_on()
+    for rank in dead:
+        run.agents[rank].dead = True
+        run.agents[rank].waiting["taken"][0][0].set_result(Taken(7, [], 3, rank, {}, []))
+    for rank in {0, 1, 2} - {*dead}:
+        run.agents[rank].take(Taken(7, [], 3, rank, {}, []))
+    (error,) = run.lost
+    if len(dead) == 2:
+        assert "The state was lost" in str(error)
+        return
+    said = re.search(r"The state after step 7 is in (\S+) on \S+: move all", str(error))
+    assert said is not None
+    rescued = Path(said[1])
+    assert (rescued / "ledger-0001.000001.jsonl").read_bytes() == b"lines"
+    (checkpoint,) = rescued.glob("checkpoint-*")
+    manifest = Manifest.read(Place.of(checkpoint))
+    verify(Place.of(checkpoint), manifest)
+    assert (manifest.step, sorted(manifest.files)) == (7, ["part-0", "part-1", "part-2"])
 
 
 def test_files_that_only_agents_can_see_end_the_run(tmp_path: Path) -> None:

@@ -264,6 +264,32 @@ def test_a_storage_that_goes_away_for_a_while_stops_nobody(tmp_path: Path, undis
     assert_same(handle.result(), undisturbed)
 
 
+def test_a_storage_that_stays_away_ends_the_run_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Result
+) -> None:
+    away, rescued = tmp_path / "away", tmp_path / "rescued"
+    rescued.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(rescued))
+    monkeypatch.setattr("ray_dnn.checkpoints._AGAIN_S", 0.2)
+    monkeypatch.setattr("ray_dnn.checkpoints._GIVE_UP_S", 0.1)
+    monkeypatch.setattr("ray_dnn.storage._CLOSE_S", 0.5)
+    config = RunConfig(name="run", storage_path=str(tmp_path), storage_filesystem=failing(away))
+    handle = replace(trainer(tmp_path, 2, {**JOB, "loss": slowly(0.03)}, OFTEN), run_config=config).start()
+    for event in handle.events():
+        if isinstance(event, CheckpointWritten):
+            away.touch()
+    with pytest.raises(TrainingFailedError, match=r"has refused for .* is in .* move all that is there") as caught:
+        handle.result()
+    assert isinstance(caught.value.__cause__, CheckpointError)
+    (folder,) = rescued.iterdir()
+    for found in folder.iterdir():
+        shutil.move(found, tmp_path / "run")
+    result = trainer(tmp_path, 1, JOB, OFTEN).fit()
+    (resumed,) = events(result, RunResumed)
+    assert 5 < resumed.step < 28
+    assert_same(result, undisturbed)
+
+
 def test_whoever_dies_before_its_parts_are_written_leaves_them_to_another(tmp_path: Path, undisturbed: Result) -> None:
     away = tmp_path / "slow"
     config = RunConfig(name="run", storage_path=str(tmp_path), storage_filesystem=failing(away, waits=True))
