@@ -34,7 +34,7 @@ from ray_dnn.checkpoint import MANIFEST, File, Manifest, Place
 from ray_dnn.engine.reports import Report
 from ray_dnn.engine.saving import Taken
 from ray_dnn.errors import CheckpointError, FencedError, ProtocolError
-from ray_dnn.events import CheckpointFailed, CheckpointsLate, CheckpointWritten, EventLog
+from ray_dnn.events import CheckpointFailed, CheckpointsLate, CheckpointStays, CheckpointWritten, EventLog
 from ray_dnn.fleet import Replica
 from ray_dnn.identity import Identity
 from ray_dnn.loop import Loop
@@ -137,6 +137,7 @@ class Checkpoints:
         self._digest = ""  # of the weights that the run ends with, once it has ended
         self._lost = 0  # in a row
         self._paused_for = 0  # so many lost ones the agents have stopped already
+        self._litter = True  # whether there may be folders of checkpoints that were never completed
         self._late = False  # whether it has been said that some are left out
         self._failing: float | None = None  # since when the storage refuses
         self._again_s = _AGAIN_S
@@ -207,6 +208,7 @@ class Checkpoints:
         """Forget about the one under way; who wanted it still does."""
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
+            self._litter = True
             self._wanted = attempt.then + self._wanted
             self._drop(attempt)
 
@@ -349,6 +351,9 @@ class Checkpoints:
         self.kept.append(Kept.of(attempt.place, step, attempt.taken.history))
         self._log.add(CheckpointWritten(step, path, time.perf_counter() - attempt.began))
         self._retain()
+        if self._litter:
+            self._litter = False
+            self._folder.do(partial(self._clear, step))
         late = self._every is not None and isinstance(self._every, int) and self._recorder.steps >= step + self._every
         if late and not self._late:
             self._log.add(CheckpointsLate(step, self._recorder.steps))
@@ -450,14 +455,27 @@ class Checkpoints:
         spare = retire(self.kept, self._keep)
         self.kept = [kept for kept in self.kept if kept not in spare]
         for kept in spare:
-            place = self._folder.place.below(kept.name)
-            self._folder.do(partial(self._delete, place))
+            deleted = self._folder.do(partial(self._delete, self._folder.place.below(kept.name)))
+            self._follow(deleted, partial(self._on_deleted, kept))
 
     def _delete(self, place: Place) -> None:
         """On the thread that writes. The manifest goes first: what is left of a checkpoint is none."""
         if self._folder.newer() is None:
-            place.filesystem.delete_file(f"{place.path}/{MANIFEST}")
+            if MANIFEST in place.sizes():
+                place.filesystem.delete_file(f"{place.path}/{MANIFEST}")
             place.filesystem.delete_dir(place.path)
+
+    def _on_deleted(self, kept: Kept, error: Exception | None) -> None:
+        if error is not None:
+            self._log.add(CheckpointStays(kept.name, f"{type(error).__name__}: {error}"))
+            self.kept = sorted([*self.kept, kept], key=lambda k: k.step)  # to be tried again with the next one
+
+    def _clear(self, step: int) -> None:
+        """On the thread that writes: delete what was never completed, before a checkpoint that is."""
+        for name in self._folder.checkpoints():
+            place = self._folder.place.below(name)
+            if name < self._name(step) and MANIFEST not in place.sizes():
+                place.filesystem.delete_dir(place.path)
 
     def close(self) -> None:
         """Nothing more is written, but what has been begun."""

@@ -284,6 +284,17 @@ class CheckpointsLate(Event):
 
 
 @dataclass(frozen=True)
+class CheckpointStays(Event):
+    """One that is not to be kept could not be deleted."""
+
+    checkpoint: str
+    reason: str
+
+    def text(self) -> str:
+        return f"{self.checkpoint} could not be deleted, which is tried again with the next one: {self.reason}"
+
+
+@dataclass(frozen=True)
 class CheckpointDamaged(Event):
     path: str
     reason: str

@@ -15,10 +15,10 @@ from ray.exceptions import ActorDiedError
 from ray.train import CheckpointConfig
 
 from ray_dnn.agent import Failed
-from ray_dnn.checkpoint import File, Manifest, Place, verify
+from ray_dnn.checkpoint import MANIFEST, File, Manifest, Place, verify
 from ray_dnn.checkpoints import Checkpoints
 from ray_dnn.engine.saving import Taken
-from ray_dnn.events import CheckpointFailed, CheckpointsLate, CheckpointWritten, EventLog
+from ray_dnn.events import CheckpointFailed, CheckpointsLate, CheckpointStays, CheckpointWritten, EventLog
 from ray_dnn.storage import RunFolder
 
 Done = Callable[[Any, Exception | None], None]
@@ -98,7 +98,7 @@ class Loop:
 class Run:
     """Checkpoints, and a driver for them: whose agents run, have stopped, or are being replaced."""
 
-    def __init__(self, path: Path, every: int | timedelta | None, agents: int = 3):
+    def __init__(self, path: Path, every: int | timedelta | None, agents: int = 3, keep: int | None = None):
         self.folder = RunFolder(str(path), "run", pyarrow.fs.LocalFileSystem())
         self.folder.claim()
         self.folder.do = self._do  # type: ignore[method-assign]
@@ -125,7 +125,7 @@ class Run:
             job,
             self.recorder,
             every,
-            CheckpointConfig(),
+            CheckpointConfig(keep),
             self,  # type: ignore[arg-type]
         )
 
@@ -263,6 +263,37 @@ def test_when_none_is_completed_again_and_again_the_agents_stop_for_one(tmp_path
     assert [e.step for e in run.events(CheckpointWritten)] == [20]
 
 
+def test_what_was_never_completed_is_cleared_away_when_one_is(tmp_path: Path) -> None:
+    older = RunFolder(str(tmp_path), "run")
+    older.claim()
+    for step, manifest in ((5, True), (10, False)):
+        place = older.place.below(f"checkpoint-0001-{step:09d}")
+        place.make()
+        place.write(MANIFEST if manifest else "part-0", b"data")
+    run = Run(tmp_path, every=5)
+    run.checkpoints.look()
+    run.take(15)
+    run.step(15)
+    assert [name[-2:] for name in run.folder.checkpoints()] == ["05", "10", "15"]
+    run.write()
+    assert [name[-2:] for name in run.folder.checkpoints()] == ["05", "15"]
+
+
+def test_what_cannot_be_deleted_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, every=5, keep=1)
+    run.checkpoints.look()
+    monkeypatch.setattr(run.checkpoints, "_delete", lambda place: (_ for _ in ()).throw(OSError("denied")))
+    for step in (5, 10, 15):
+        if step == 15:
+            monkeypatch.undo()
+        run.take(step)
+        run.step(step)
+        run.write()
+    assert [e.checkpoint[-2:] for e in run.events(CheckpointStays)] == ["05"]
+    assert [name[-2:] for name in run.folder.checkpoints()] == ["15"]
+    assert [kept.step for kept in run.checkpoints.kept] == [15]
+
+
 def test_what_the_storage_refuses_is_tried_again(tmp_path: Path) -> None:
     run = Run(tmp_path, every=5)
     run.checkpoints.look()
@@ -278,7 +309,8 @@ def test_what_the_storage_refuses_is_tried_again(tmp_path: Path) -> None:
     run.agents[0].waiting["write"].pop()[0].set_result(Failed(OSError("quota exceeded")))
     assert len(run.events(CheckpointFailed)) == 2
     run.loop.go_on()
-    run.agents[0].waiting["write"].clear()
+    for agent in run.agents:
+        agent.waiting["write"].clear()
     run.take(9)
     run.step(9)
     run.write()
