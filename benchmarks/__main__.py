@@ -15,7 +15,18 @@ from importlib import import_module
 from benchmarks import pages, results
 from benchmarks.tables import Table
 
-NAMES = ("step", "memory", "exchange", "driver", "start", "feed", "shuffle", "membership", "recovery")  # as on the page
+NAMES = (
+    "step",
+    "memory",
+    "exchange",
+    "driver",
+    "start",
+    "feed",
+    "shuffle",
+    "membership",
+    "recovery",
+    "checkpoints",
+)  # as on the page
 
 
 def main(given: Sequence[str] | None = None) -> None:

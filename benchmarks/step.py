@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import median
@@ -54,12 +54,14 @@ class Side:
         workers: virtual workers; None: this is the peer.
         pieces: in which the peer computes an agent's rows, accumulating gradients.
         view: the peer's ``gradient_as_bucket_view``.
+        every: steps between our checkpoints; None: there is one at the end.
     """
 
     label: str
     workers: int | None = None
     pieces: int = 1
     view: bool = False
+    every: int | None = None
 
 
 PEER = Side("Ray Train, DDP")
@@ -90,7 +92,7 @@ class Ours:
         self._handle = Trainer(
             TrainSpec(task.model, task.optimizer, task.loss, collate=task.collate, after_update=waits),
             {"train": task.dataset()},
-            numbers(task, side.workers),
+            replace(numbers(task, side.workers), checkpoint_every=side.every),
             scaling_config=ScalingConfig(num_workers=AGENTS),
             run_config=RunConfig(name=job, storage_path=folder),
             patience=Patience(idle_s=1e4, stalled_s=1e4),  # an agent whose turn it is not looks as if it hung

@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.fs
-import safetensors.torch
 import torch
 
+from ray_dnn import tensorfile
 from ray_dnn.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -78,26 +78,39 @@ class Place:
             return cls(*pyarrow.fs.FileSystem.from_uri(path))
         return cls(pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
 
-    def write(self, name: str, data: bytes | memoryview) -> File:
+    def write(self, name: str, *chunks: bytes | memoryview) -> File:
         """Write a file whole or not at all, as far as the storage can."""
-        target = f"{self.path}/{name}"
+        with ThreadPoolExecutor(1, "ray_dnn-checksum") as pool:
+            checksum = pool.submit(_sha256, chunks)
+            self._write(f"{self.path}/{name}", chunks)
+            return File(sum(map(len, chunks)), checksum.result())
+
+    def _write(self, target: str, chunks: Iterable[bytes | memoryview]) -> None:
         if self.filesystem.type_name == "local":
             partly = f"{target}.{secrets.token_hex(4)}.partly"
             with open(partly, "wb") as file:
-                file.write(data)
+                file.writelines(chunks)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partly, target)
         else:  # an object is there when it is complete
             with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
-        return File(len(data), hashlib.sha256(data).hexdigest())
+                for chunk in chunks:
+                    stream.write(chunk)
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
             data: bytes = file.read()
         return data
+
+    def read_into(self, name: str, memory: memoryview) -> int:
+        """Read a file's bytes, as far as there is memory for them. Returns how many they are."""
+        with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
+            at = 0
+            while at < len(memory) and (read := file.readinto(memory[at:])):
+                at += read
+            return at + len(file.read(1))
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         said = json.dumps({"format": _VERSION, **asdict(self)}, indent=1)
-        return f'{{"manifest": {said},\n"sha256": "{_sha256(said)}"}}\n'.encode()
+        return f'{{"manifest": {said},\n"sha256": "{_sha256([said.encode()])}"}}\n'.encode()
 
     @classmethod
     def read(cls, place: Place) -> Manifest:
@@ -149,7 +162,7 @@ class Manifest:
         try:
             whole = json.loads(place.read(MANIFEST))
             said = whole["manifest"]
-            intact = whole["sha256"] == _sha256(json.dumps(said, indent=1))
+            intact = whole["sha256"] == _sha256([json.dumps(said, indent=1).encode()])
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{place.path} has no {MANIFEST}: it is no checkpoint, or never was completed."
@@ -165,8 +178,11 @@ class Manifest:
         return cls(**said)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sha256(chunks: Iterable[bytes | memoryview]) -> str:
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(chunk)
+    return sha.hexdigest()
 
 
 # -- dividing ----------------------------------------------------------------------------------------------------------
@@ -202,31 +218,29 @@ def index_of(sizes: Mapping[str, int], parts: Mapping[str, list[str]]) -> dict[s
     return {f"{WEIGHTS}{_SUFFIX}.index.json": text.encode()}
 
 
-def to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors in the safetensors format, as PyTorch and Hugging Face read it."""
-    return safetensors.torch.save(dict(tensors), {"format": "pt"})
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_file(place: Place, manifest: Manifest, name: str) -> bytes:
-    """A file of a checkpoint.
+def read_file(place: Place, manifest: Manifest, name: str) -> torch.Tensor:
+    """The bytes of a file of a checkpoint: uint8, shape (bytes,).
 
     Raises:
         CheckpointError: it is missing or its bytes are not those that were written.
     """
     file = manifest.files[name]
+    whole = torch.empty(file.bytes, dtype=torch.uint8)
+    memory = whole.numpy().data
     try:
-        data = place.read(name)
+        count = place.read_into(name, memory)
     except FileNotFoundError as error:
         raise CheckpointError(f"{place.path}/{name} is missing, though the manifest names it.") from error
-    if (len(data), hashlib.sha256(data).hexdigest()) != (file.bytes, file.sha256):
+    if count != file.bytes or _sha256([memory]) != file.sha256:
+        has = f"more than {file.bytes}" if count > file.bytes else str(count)
         raise CheckpointError(
-            f"{place.path}/{name} has {len(data)} bytes that are not the {file.bytes} that were written. Use an "
-            "earlier checkpoint."
+            f"{place.path}/{name} has {has} bytes that are not the {file.bytes} that were written. Use an earlier "
+            "checkpoint."
         )
-    return data
+    return whole
 
 
 def read_tensors(place: Place, manifest: Manifest, stem: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -237,12 +251,12 @@ def read_tensors(place: Place, manifest: Manifest, stem: str) -> Iterator[tuple[
     """
     names = [n for n in sorted(manifest.files) if re.fullmatch(rf"{stem}(-\d+-of-\d+)?{_SUFFIX}", n)]
     for data in _read_ahead(place, manifest, names):
-        yield from safetensors.torch.load(data).items()
+        yield from tensorfile.tensors(data).items()
 
 
-def _read_ahead(place: Place, manifest: Manifest, names: Iterable[str]) -> Iterator[bytes]:
+def _read_ahead(place: Place, manifest: Manifest, names: Iterable[str]) -> Iterator[torch.Tensor]:
     """The bytes of files, in order, some of them read while others are looked at."""
-    coming: deque[Future[bytes]] = deque()
+    coming: deque[Future[torch.Tensor]] = deque()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for name in names:
             coming.append(pool.submit(read_file, place, manifest, name))

@@ -29,6 +29,7 @@ LAYERS = {
     "strategies": 2,
     "parallel": 2,
     "checkpoint": 2,
+    "tensorfile": 2,
     "driver": 3,
     "agent": 3,
     "cluster": 3,

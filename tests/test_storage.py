@@ -13,7 +13,7 @@ from ray.train import CheckpointConfig
 from safetensors.torch import load_file
 from storages import failing
 
-from ray_dnn import checkpoint, load_weights
+from ray_dnn import checkpoint, load_weights, tensorfile
 from ray_dnn.checkpoint import MANIFEST, WEIGHTS, Manifest, Place
 from ray_dnn.checkpoints import Kept, retire
 from ray_dnn.errors import CheckpointError, ConfigError
@@ -102,7 +102,7 @@ def written(path: Path) -> Path:
     sizes = {name: tensor.nbytes for name, tensor in TENSORS.items()}
     parts = checkpoint.divide(WEIGHTS, sizes, most=1)
     files = {
-        file: place.write(file, checkpoint.to_bytes({n: TENSORS[n] for n in names})) for file, names in parts.items()
+        file: place.write(file, *tensorfile.chunks({n: TENSORS[n] for n in names})) for file, names in parts.items()
     }
     files |= {name: place.write(name, data) for name, data in checkpoint.index_of(sizes, parts).items()}
     manifest = Manifest(3, 1, {"seed": "0"}, files, [{"step": 3.0, "loss": float("nan")}], units={7: 5})
@@ -131,7 +131,7 @@ def test_safetensors_and_transformers_read_the_weights(tmp_path: Path) -> None:
     assert len(parts) > 1
     place = Place(LOCAL, str(tmp_path))
     for file, names in parts.items():
-        place.write(file, checkpoint.to_bytes({name: weights[name].detach() for name in names}))
+        place.write(file, *tensorfile.chunks({name: weights[name].detach() for name in names}))
         assert load_file(tmp_path / file).keys() == set(names)
     for file, data in checkpoint.index_of(sizes, parts).items():
         place.write(file, data)

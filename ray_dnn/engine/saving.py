@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ray_dnn import checkpoint
+from ray_dnn import checkpoint, tensorfile
 from ray_dnn.checkpoint import WEIGHTS, File, Manifest, Place
 from ray_dnn.engine import codec
 from ray_dnn.engine.reports import Report
@@ -66,8 +66,8 @@ class _Part:
             tensors[name] = mine.copy_(tensor)
         return _Part(self.name, self.holders, tensors, self.data)
 
-    def to_bytes(self) -> bytes:
-        return self.data or checkpoint.to_bytes(self.tensors)
+    def chunks(self) -> list[memoryview]:
+        return [memoryview(self.data)] if self.data else tensorfile.chunks(self.tensors)
 
 
 @dataclass
@@ -122,20 +122,20 @@ class Saver:
         Raises:
             OSError: the storage refuses.
         """
-        return {name: place.write(name, data) for name, data in self._files(number, writer)}
+        return {name: place.write(name, *chunks) for name, chunks in self._files(number, writer)}
 
     def hand_over(self, number: int, writer: int) -> dict[str, bytes]:
         """The parts that are up to a replica, as bytes."""
-        return dict(self._files(number, writer))
+        return {name: b"".join(chunks) for name, chunks in self._files(number, writer)}
 
-    def _files(self, number: int, writer: int) -> Iterator[tuple[str, bytes]]:
+    def _files(self, number: int, writer: int) -> Iterator[tuple[str, list[memoryview]]]:
         with self._changed:
             snapshot = self._snapshots[number]
             snapshot.writers += 1
         try:
             for part in snapshot.parts:
                 if part.holders[0] == writer:
-                    yield part.name, part.to_bytes()
+                    yield part.name, part.chunks()
         finally:
             with self._changed:
                 snapshot.writers -= 1
@@ -200,8 +200,8 @@ def restore(engine: Engine, group: ReplicaGroup, place: Place, manifest: Manifes
         CheckpointError: a file is not what the manifest says.
     """
     stem = _stem(group)
-    outline = codec.Outline(checkpoint.read_file(place, manifest, f"{stem}.head"))
-    large = outline.memory()
+    outline = codec.Outline(_bytes(place, manifest, f"{stem}.head"))
+    large = outline.memory(engine.export())
     for name, tensor in checkpoint.read_tensors(place, manifest, stem):
         large[int(name)].copy_(tensor)
     tree = outline.put_together(large)
@@ -212,7 +212,11 @@ def restore(engine: Engine, group: ReplicaGroup, place: Place, manifest: Manifes
     engine.load(tree)
     if engine.states.kind != "none":
         workers = range(engine.state.config.virtual_workers)
-        engine.states.restore({w: checkpoint.read_file(place, manifest, _of_worker(w, group)) for w in workers})
+        engine.states.restore({w: _bytes(place, manifest, _of_worker(w, group)) for w in workers})
+
+
+def _bytes(place: Place, manifest: Manifest, name: str) -> bytes:
+    return checkpoint.read_file(place, manifest, name).numpy().tobytes()
 
 
 def load_weights_into(model: nn.Module, place: Place, manifest: Manifest) -> None:
