@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.tables import Table
 
-FOLDER = Path(__file__).parent.parent / ".bench"
+FOLDER = Path(__file__).parent / "published"
 PACKAGES = ("torch", "ray", "pyarrow", "numpy")
 
 
