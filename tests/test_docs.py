@@ -15,14 +15,16 @@ from typing import Any
 
 import pyarrow.fs
 import pytest
+import typer
 from click import Command
 from conftest import our_processes, wait_for_exit
 from ray.scripts.scripts import cli as ray_cli
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 
 import ray_dnn
-from jobs import language_model
+from jobs import image_classifier, language_model
 from ray_dnn import Audit, Patience, TrainConfig, Trainer, TrainSpec, errors, testing
+from ray_dnn.cli import app
 from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
 from ray_dnn.events import KINDS
@@ -110,6 +112,10 @@ def check_command(words: list[str]) -> None:
                 check_flags(shlex.split(value))
         case ["python", "jobs/language_model.py", *flags]:
             check_flags(flags)
+        case ["python", "jobs/image_classifier.py", *flags]:
+            image_classifier.build_parser().parse_args(flags)
+        case ["ray-dnn", *words]:
+            check_ours(words)
         case ["ray", "exec", "cluster.yaml", remote]:
             folder, _, command = remote.partition(" && ")
             mounted = re.findall(r"^  (~/\S+): \.$", (ROOT / "cluster.yaml").read_text(), re.MULTILINE)
@@ -127,6 +133,13 @@ def check_flags(flags: list[str]) -> None:
         assert "--help" in language_model.build_parser().format_help()
     else:
         language_model.build_parser().parse_args(flags)
+
+
+def check_ours(words: list[str]) -> None:
+    """A command of ours: its options exist, and what follows them is a script's command."""
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    given = command.make_context(words[0], list(words[1:])).params
+    check_command(["python", str(given["script"]), *given["arguments"]])
 
 
 def check_ray(command: Command, words: list[str]) -> None:
