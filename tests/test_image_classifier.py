@@ -384,9 +384,12 @@ def test_a_size_is_what_it_says_unless_overridden(tmp_path: Path, monkeypatch: p
 
 def test_one_run_from_files_to_report(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "data", 600, 100)
-    flags = "--agents 2 --size tiny --batch 40 --steps 30 --lr 0.05"
-    places = {"--data": folder, "--cache": tmp_path / "cache", "--storage": tmp_path / "runs", "--name": "run"}
-    result = job.main([*flags.split(), *(str(word) for pair in places.items() for word in pair)])
+    flags = "--size tiny --batch 40 --steps 30 --lr 0.05".split()
+    places = {"--data": folder, "--cache": tmp_path / "cache", "--storage": tmp_path / "runs"}
+    flags += [str(word) for pair in places.items() for word in pair]
+    alone = job.main([*flags, "--name", "alone", "--agents", "1"])
+    capsys.readouterr()
+    result = job.main([*flags, "--name", "run", "--agents", "2"])
     printed = capsys.readouterr().out
     table = dict(re.findall(r"^  (\S.*?) +(\d+\.\d{2})$", printed, re.MULTILINE))
     assert list(table) == ["nearest mean image", "least squares on pixels", "this model"]
@@ -395,3 +398,5 @@ def test_one_run_from_files_to_report(cluster: None, tmp_path: Path, capsys: pyt
     assert float(table["this model"]) > 50
     assert "\n1,200 rows in " in printed
     assert printed.splitlines()[-1] == f"weights digest {result.metrics['weights_digest']}"
+    assert alone.metrics is not None
+    assert alone.metrics["weights_digest"] == result.metrics["weights_digest"]
