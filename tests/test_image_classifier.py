@@ -384,7 +384,7 @@ def test_a_size_is_what_it_says_unless_overridden(tmp_path: Path, monkeypatch: p
 
 def test_one_run_from_files_to_report(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "data", 600, 100)
-    flags = "--size tiny --batch 40 --steps 30 --lr 0.05".split()
+    flags = ["--size", "tiny", "--batch", "40", "--steps", "30", "--lr", "0.05"]
     places = {"--data": folder, "--cache": tmp_path / "cache", "--storage": tmp_path / "runs"}
     flags += [str(word) for pair in places.items() for word in pair]
     alone = job.main([*flags, "--name", "alone", "--agents", "1"])
