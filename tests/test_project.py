@@ -14,12 +14,27 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from jobs import language_model
+
 ROOT = Path(__file__).parent.parent
+
+
+CLUSTERS = [Path("cluster.yaml"), Path("docs/clusters/gcp.yaml"), Path("docs/clusters/on-premise.yaml")]
+
+
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / path).read_text())
+    return loaded
 
 
 @pytest.fixture
 def cluster_file() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return load(Path("cluster.yaml"))
+
+
+@pytest.fixture
+def kubernetes() -> dict[str, Any]:
+    return load(Path("docs/clusters/kubernetes.yaml"))
 
 
 @pytest.fixture
@@ -31,32 +46,63 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(match[1]): match[2] for match in matches.values() if match}
 
 
-def test_cluster_file_passes_rays_own_validation(cluster_file: dict[str, Any]) -> None:
-    validate_config(prepare_config(cluster_file))
+@pytest.mark.parametrize("path", CLUSTERS, ids=str)
+def test_cluster_files_pass_rays_own_validation(path: Path) -> None:
+    validate_config(prepare_config(load(path)))
 
 
-def test_cluster_has_an_on_demand_head_and_up_to_eight_spot_workers(cluster_file: dict[str, Any]) -> None:
-    types = cluster_file["available_node_types"]
-    head = types.pop(cluster_file["head_node_type"])
+@pytest.mark.parametrize("path", CLUSTERS[:2], ids=str)
+def test_cloud_clusters_have_an_on_demand_head_and_up_to_eight_spot_workers(path: Path) -> None:
+    cluster = load(path)
+    types = cluster["available_node_types"]
+    head = types.pop(cluster["head_node_type"])
     (worker,) = types.values()
-    assert "InstanceMarketOptions" not in head["node_config"]
-    assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-    assert (worker["min_workers"], worker["max_workers"], cluster_file["max_workers"]) == (0, 8, 8)
+    assert "spot" not in str(head["node_config"]).lower()
+    assert "spot" in str(worker["node_config"]).lower()
+    assert (worker["min_workers"], worker["max_workers"], cluster["max_workers"]) == (0, 8, 8)
 
 
-def test_cluster_head_starts_with_short_health_checks(cluster_file: dict[str, Any]) -> None:
-    (start,) = (command for command in cluster_file["head_start_ray_commands"] if command.startswith("ray start"))
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=str)
+def test_cluster_heads_start_with_short_health_checks(path: Path) -> None:
+    (start,) = (command for command in load(path)["head_start_ray_commands"] if "ray start" in command)
     (option,) = (word for word in shlex.split(start) if word.startswith("--system-config="))
-    assert json.loads(option.partition("=")[2]) == {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 3,
+    assert json.loads(option.partition("=")[2]) == HEALTH_CHECKS
+
+
+def test_all_clusters_run_alike(cluster_file: dict[str, Any], kubernetes: dict[str, Any]) -> None:
+    """What every process sees is the same on each kind of cluster."""
+    variables = {
+        word for option in cluster_file["docker"]["run_options"] for word in re.findall(r"RAY_\w+=\w+", option)
     }
+    for path in CLUSTERS[1:]:
+        assert variables <= set(re.findall(r"RAY_\w+=\w+", (ROOT / path).read_text()))
+    spec = kubernetes["spec"]["rayClusterSpec"]
+    assert json.loads(spec["headGroupSpec"]["rayStartParams"]["system-config"]) == HEALTH_CHECKS
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert variables <= {f"{entry['name']}={entry.get('value')}" for entry in container["env"]}
 
 
-def test_cluster_runs_the_pinned_ray(cluster_file: dict[str, Any], pins: dict[str, str]) -> None:
-    assert f":{pins['ray']}-" in cluster_file["docker"]["image"]
+def test_clusters_run_the_pinned_ray(kubernetes: dict[str, Any], pins: dict[str, str]) -> None:
+    for path in CLUSTERS[:2]:
+        assert f":{pins['ray']}-" in load(path)["docker"]["image"]
+    assert kubernetes["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
+    assert f"rayproject/ray:{pins['ray']}-" in (ROOT / "docs/clusters/kubernetes.yaml").read_text()
+
+
+def test_the_kubernetes_job_exists(kubernetes: dict[str, Any]) -> None:
+    assert (kubernetes["apiVersion"], kubernetes["kind"]) == ("ray.io/v1", "RayJob")
+    words = shlex.split(kubernetes["spec"]["entrypoint"].partition(" && ")[2])
+    assert words[:2] == ["python", "jobs/language_model.py"]
+    language_model.build_parser().parse_args(words[2:])
 
 
 def test_every_dependency_is_pinned_to_a_version_it_allows(pins: dict[str, str]) -> None:
