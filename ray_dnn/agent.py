@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -192,14 +192,14 @@ class Stopped:
         step: committed steps.
         command: the decision that it stopped for, or None where the job is finished.
         weights_digest, state_digest: when the job is finished.
-        seen: what the user's ``look`` returned, in order.
+        seen: what the user's ``look`` returned, by phase, worker and rank.
     """
 
     step: int
     command: int | None
     weights_digest: str = ""
     state_digest: str = ""
-    seen: tuple[Any, ...] = ()
+    seen: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,12 @@ class Failed:
 
     Attributes:
         error: the exception; its cause separately, for pickling an exception loses it.
+        seen: see `Stopped`.
     """
 
     error: Exception
     cause: Exception | None = None
+    seen: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
 
 Ended = Stopped | Left | Convicted | Failed
@@ -319,7 +321,10 @@ class Agent:
             self._running = True
             task = self._queued = self._thread.submit(lambda: _guard(lambda: self._run(generation, called)))
         try:
-            return task.result()
+            ended: Ended = task.result()
+            if isinstance(ended, Failed) and self.engine is not None:
+                ended = replace(ended, seen=self.engine.contributor.seen)
+            return ended
         except CancelledError:
             return Left()
         finally:
@@ -435,7 +440,7 @@ class Agent:
         if job.watch is None:
             contributor = Contributor(state, job.strategy, source)
         else:
-            contributor = WatchedContributor(state, job.strategy, source, job.watch)
+            contributor = WatchedContributor(state, job.strategy, source, job.watch, rank)
         self._supply.names = job.evaluated
         self.marks.enter(Phase.SUPPLY)
         source.wait(job.first_rows, lambda: None)
@@ -483,7 +488,7 @@ class Agent:
                 return Stopped(engine.state.step, command)
             self.marks.enter(Phase.FINISHING, engine.state.step)
             weights = codec.weights_digest(self._state.weights(self._group))
-            seen = tuple(engine.contributor.seen)
+            seen = engine.contributor.seen
             return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()), seen)
         except PeerLostError as error:
             inside = error.channel == _GROUP_CHANNEL

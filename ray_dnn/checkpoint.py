@@ -286,4 +286,5 @@ def load_weights(checkpoint: Any) -> dict[str, torch.Tensor]:
         CheckpointError: a file is missing or its bytes are not those that were written.
     """
     place = Place.of(checkpoint)
-    return dict(read_tensors(place, Manifest.read(place), WEIGHTS))
+    # Each in memory of its own: as read, those of a file lie in one piece, which torch.save, for one, does not take.
+    return {name: tensor.clone() for name, tensor in read_tensors(place, Manifest.read(place), WEIGHTS)}

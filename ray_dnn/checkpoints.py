@@ -151,6 +151,11 @@ class Checkpoints:
         """What the job is."""
         self._identity = identity
 
+    @property
+    def newest_step(self) -> int | None:
+        """Of the last one that counts."""
+        return self.kept[-1].step if self.kept else None
+
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def want(self, then: Then) -> None:
@@ -353,7 +358,7 @@ class Checkpoints:
         self._retain()
         if self._litter:
             self._litter = False
-            self._folder.do(partial(self._clear, step))
+            self._follow(self._folder.do(partial(self._clear, step)), self._on_cleared)
         late = self._every is not None and isinstance(self._every, int) and self._recorder.steps >= step + self._every
         if late and not self._late:
             self._log.add(CheckpointsLate(step, self._recorder.steps))
@@ -396,6 +401,7 @@ class Checkpoints:
     def _rescue(self, attempt: _Attempt, error: Exception) -> None:
         """The storage stays away: write what there is where this process is, and end the run."""
         assert attempt.taken is not None
+        self._attempt, self._closed = None, True  # whatever else is answered
         taken = attempt.taken
         rescued = dict(attempt.index)
         why = f"The storage of {self._folder.path} has refused for {_GIVE_UP_S / 60:.0f} minutes: {error}."
@@ -413,7 +419,7 @@ class Checkpoints:
                 rescued.update(parts)
                 coming.remove((writer, rank))
                 if not coming:
-                    self._owner.on_storage_lost(CheckpointError(f"{why} {self._write_here(taken, rescued)}"))
+                    self._owner.on_storage_lost(CheckpointError(f"{why} {self._tell_rescued(taken, rescued)}"))
             elif by != second:
                 ask(writer, rank, second)
             else:
@@ -421,6 +427,12 @@ class Checkpoints:
 
         for writer, rank in list(coming):
             ask(writer, rank, writer)
+
+    def _tell_rescued(self, taken: Taken, parts: dict[str, bytes]) -> str:
+        try:
+            return self._write_here(taken, parts)
+        except OSError as error:
+            return f"The state could not be written on {gethostname()} either: {error}."
 
     def _write_here(self, taken: Taken, parts: dict[str, bytes]) -> str:
         """Write a checkpoint, and what the ledger lacks, to this process's machine. Returns what to say of it."""
@@ -461,9 +473,11 @@ class Checkpoints:
     def _delete(self, place: Place) -> None:
         """On the thread that writes. The manifest goes first: what is left of a checkpoint is none."""
         if self._folder.newer() is None:
-            if MANIFEST in place.sizes():
+            there = place.sizes(missing=True)
+            if MANIFEST in there:
                 place.filesystem.delete_file(f"{place.path}/{MANIFEST}")
-            place.filesystem.delete_dir(place.path)
+            if there:
+                place.filesystem.delete_dir(place.path)
 
     def _on_deleted(self, kept: Kept, error: Exception | None) -> None:
         if error is not None:
@@ -476,6 +490,9 @@ class Checkpoints:
             place = self._folder.place.below(name)
             if name < self._name(step) and MANIFEST not in place.sizes():
                 place.filesystem.delete_dir(place.path)
+
+    def _on_cleared(self, error: Exception | None) -> None:
+        self._litter = self._litter or error is not None
 
     def close(self) -> None:
         """Nothing more is written, but what has been begun."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -44,22 +46,26 @@ def replay_command(
     from ray_dnn import trainer
 
     function = _function(look) if look else None
+    out = sys.stdout
 
     def instead(job: trainer.Trainer) -> NoReturn:
         again = job.replay(step, function, activations or ())
         if as_json:
-            print(json.dumps(vars(again) | {"checkpoint": again.checkpoint.path}, default=_plain))
+            print(json.dumps(_plain(vars(again))), file=out)
         else:
             _print(again)
-        raise typer.Exit(1 if again.differences else 0)
+        raise SystemExit(1 if again.differences else 0)  # which scripts do not catch
 
-    _run(script, arguments or [], instead)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        _run(script, arguments or [], instead)
     typer.echo(f"{script} has ended, and never called fit() or start() of a Trainer.", err=True)
     raise typer.Exit(2)
 
 
 def _run(script: Path, arguments: list[str], instead: Callable[[Any], NoReturn]) -> None:
     """Run a script as Python does, but for one thing that is done ``instead`` of training."""
+    from ray.train import TrainingFailedError
+
     from ray_dnn import trainer
     from ray_dnn.errors import RayDnnError
 
@@ -68,7 +74,7 @@ def _run(script: Path, arguments: list[str], instead: Callable[[Any], NoReturn])
     trainer.instead = instead
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except RayDnnError as error:
+    except (RayDnnError, TrainingFailedError) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
     finally:
@@ -99,11 +105,22 @@ def _print(again: Any) -> None:
         rows = ", ".join(map(str, seen.row_ids[:6])) + (", …" if len(seen.row_ids) > 6 else "")
         print(f"  virtual worker {seen.worker}, {seen.phase}: {metrics}; {len(seen.row_ids)} rows ({rows})")
         print(f"    gradient: norm {seen.norm:.6g}, most of it in {seen.largest}")
-    print(f"the state after the step: {again.checkpoint.path}")
+    if again.checkpoint is not None:
+        print(f"the state after the step: {again.checkpoint.path}")
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for."""
+    """What JSON has a form for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, bool | int | str | None):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(getattr(value, "path", value))

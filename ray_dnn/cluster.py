@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray._private.state
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
@@ -66,6 +72,11 @@ class Gang:
             ).remote(name, self._places.faults)
             for index, name in names.items()
         ]
+
+    def nodes(self, indexes: Sequence[int]) -> set[str]:
+        """The nodes that places are on, as far as they are on any."""
+        found = placement_group_table(self._group)["bundles_to_node_id"]
+        return {found[index] for index in indexes if found.get(index)}
 
     def give_back(self) -> None:
         """Give the places back to the cluster; agents in them are killed."""

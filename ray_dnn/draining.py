@@ -35,16 +35,19 @@ class Draining:
         threading.Thread(target=self._look, name="ray_dnn-draining", daemon=True).start()
 
     def _look(self) -> None:
-        seen: set[str] = set()
+        seen: dict[str, float | None] = {}
+        said = False
         while not self._closed.wait(_LOOK_S):
             try:
                 found = draining_nodes()
             except Exception as error:  # the head is away, or Ray is being shut down
-                logger.debug("cannot ask which nodes are draining: %s", error)
+                if not said and not self._closed.is_set():
+                    logger.warning("Ray does not say which nodes are going to end: %s", error)
+                said = True
                 continue
             for node, deadline in found.items():
-                if node not in seen:
-                    seen.add(node)
+                if node not in seen or seen[node] != deadline:
+                    seen[node] = deadline
                     self._post(lambda node=node, deadline=deadline: self._on_notice(node, deadline))  # type: ignore[misc]
 
     def _on_notice(self, node: str, deadline: float | None) -> None:

@@ -161,6 +161,7 @@ class Driver:
         self._admission = Admission(log, job.config.deterministic)
         self._followings = Followings(self._loop, log, self._consider)
         self._draining = Draining(self._loop.post, self._on_draining)
+        self._ending: set[str] = set()  # nodes that end so soon that nobody should be there
         head = LedgerHead(order, schedule, len(train.units), train.counts is not None, job.first_step)
         self._recorder = Recorder(job, folder, log, head)
         if train.counts is not None:
@@ -336,8 +337,8 @@ class Driver:
         for replica in there:
             if replica not in self._members:
                 self._fleet.release(replica, _ENDING, wanted=True)
-        lasting = [r for r in self._members if not any(map(self._draining.is_draining, r.nodes))]
-        if len(lasting) < self._view().minimum or node == self._node:
+        lasting = len(self._members) - len(self._members_on(self._draining.is_draining))
+        if lasting < self._view().minimum or node == self._node:
             self._checkpoints.want(lambda _: None)  # others may not be there in time
         self._consider()
         if left is not None:
@@ -349,6 +350,7 @@ class Driver:
         if left > 0:
             self._loop.later(max(left, _SHORTLY_S), lambda: self._watch_end(node))
         else:
+            self._ending.add(node)
             self._consider()
 
     @property
@@ -356,8 +358,9 @@ class Driver:
         """How long before its node ends an agent leaves: it may have to finish a step, and to write a checkpoint."""
         return LEAVE_S + 2 * self._recorder.step_s
 
-    def _draining_members(self, which: Callable[[str], bool]) -> frozenset[str]:
-        return frozenset(r.name for r in self._members if any(map(which, r.nodes)))
+    def _members_on(self, is_one: Callable[[str], bool]) -> frozenset[str]:
+        """Members with an agent on such a node."""
+        return frozenset(r.name for r in self._members if any(map(is_one, r.nodes)))
 
     def on_ready(self, replica: Replica) -> None:
         """A replica is built."""
@@ -385,7 +388,11 @@ class Driver:
     def on_failed(self, replica: Replica, failed: Failed) -> None:
         """An agent's call raised: the job's fault, not the agent's."""
         self.outcome.cause = failed.cause
+        self._seen(failed.seen)
         self._fail(failed.error)
+
+    def _seen(self, seen: Mapping[tuple[int, int, int], Any]) -> None:
+        self.outcome.seen = [seen[place] for place in sorted(seen)]
 
     def on_lost(self, replica: Replica, reason: str) -> None:
         """A replica's agent died, or did not start in time."""
@@ -490,8 +497,10 @@ class Driver:
     # -- membership ----------------------------------------------------------------------------------------------------
 
     def _view(self, quickly: bool = False) -> View:
-        """What is there. ``quickly``: leave out newcomers, whom the others would have to wait for."""
+        """What is there. ``quickly``: only that some are lost; whom the others would wait for, and who should leave,
+        is for the next time."""
         minimum, maximum, target = self._script.limits(self._size.minimum, self._size.maximum, self._target)
+        none: frozenset[str] = frozenset()
         built = self._fleet.staged(Stage.READY)
         admitted = [r for r in built if not self._admission.waiting(r)]
         # Members that train are not held up by newcomers that could have come closer to their state before.
@@ -500,12 +509,12 @@ class Driver:
             minimum=minimum,
             maximum=maximum,
             workers=self._job.config.virtual_workers,
-            target=target,
+            target=maximum if quickly else target,
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
             starting=len(self._fleet.starting) + len(built) - len(ready),
-            leaving=self._draining_members(lambda node: self._draining.ends_in(node) <= self._leave_s),
-            expiring=self._draining_members(self._draining.is_draining),
+            leaving=none if quickly else self._members_on(self._ending.__contains__),
+            expiring=none if quickly else self._members_on(self._draining.is_draining),
             one_by_one=self._job.strategy.worker_state == "mirrored",
         )
 
@@ -523,8 +532,10 @@ class Driver:
             self._fleet.replace(decision.ask, GROWTH)
         elif not decision.ask:
             self._fleet.tidy()
-        if self._running and not decision.changed and view.leaving:
+        if decision.stop and self._running:
             self._stop_for_lack()
+        elif decision.stop and self._waiting and self._paused and view.ready:
+            self._hand_on()
         if decision.members is None or not decision.changed:
             return
         if self._running:
@@ -537,6 +548,12 @@ class Driver:
         if not any(request.kind == _COMPLETE for request in self._commands):
             self._commands.append(Request(_COMPLETE))
             self._decide_pause("pause", "nodes end, and too few agents would be left")
+
+    def _hand_on(self) -> None:
+        """The only agent that the job has work for must go, and there is another: that goes on from the checkpoint."""
+        self.outcome.again = self._setbacks.spare
+        self.outcome.error = AgentLostError("the node of the only agent ends")
+        self._loop.end()
 
     def _have_followed(self) -> None:
         """Have newcomers follow members that train."""
@@ -675,16 +692,17 @@ class Driver:
         if self._finishing:
             self._form(Decision(tuple(r.name for r in self._members)), finish=True)
             return
-        view = self._view()
-        decision = decide(view)
-        if decision.members and not set(decision.members) <= view.leaving:
+        decision = decide(self._view())
+        if decision.members:
             self._form(decision)
-            return
-        # A script waits for the agents that it names; or nodes end, and replacements are not there yet.
-        self._waiting = True
-        self._falls += 1
-        self._still_below(self._falls, 0.0)
-        self._consider()
+        elif decision.stop and self._checkpoints.newest_step != self._recorder.steps:
+            self._commands.append(Request(_COMPLETE))
+            self._serve()
+        else:  # a script waits for the agents that it names; or nodes end, and replacements are not there yet
+            self._waiting = True
+            self._falls += 1
+            self._still_below(self._falls, 0.0)
+            self._consider()
 
     def _served(self) -> None:
         self._commands.pop(0).answer.set_result(None)
@@ -718,7 +736,7 @@ class Driver:
             if len(digests) > 1 and self._admission.exact:
                 raise ProtocolError(f"agents ended with different states: {stops}")
         last = next(iter(stops.values()))
-        self.outcome.seen = [seen for _, stop in sorted(stops.items()) for seen in stop.seen]
+        self._seen({place: seen for stop in stops.values() for place, seen in stop.seen.items()})
         self._checkpoints.take_last(last.weights_digest, lambda path: self._finished(last, path))
 
     def _finished(self, last: Stopped, path: str) -> None:

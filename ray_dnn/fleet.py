@@ -44,7 +44,7 @@ class Seats:
     """Places of one replica in a gang, by index.
 
     Attributes:
-        nodes: that the last agents there were on.
+        nodes: that they are on, or were when somebody was started there.
     """
 
     gang: Gang
@@ -75,8 +75,8 @@ class Replica:
 
     @property
     def nodes(self) -> set[str]:
-        """Where its agents are, as far as they have said hello."""
-        return {hello.node_id for hello in self.hellos if hello is not None}
+        """Where its agents are."""
+        return {hello.node_id for hello in self.hellos if hello is not None} or set(self.seats.nodes)
 
     def hello(self, rank: int) -> Hello:
         """Where an agent of a replica that has started is."""
@@ -191,6 +191,8 @@ class Fleet:
             if not self.referenced and not any(r.first for r in self.replicas.values()):
                 replica.first = True
             size = len(replica.names)
+            seats = replica.seats
+            replica.seats = dataclasses.replace(seats, nodes=frozenset(seats.gang.nodes(seats.indexes)))
             replica.agents = replica.seats.gang.start(dict(zip(replica.seats.indexes, replica.names, strict=True)))
             replica.hellos, replica.built = [None] * size, [None] * size
             replica.stage = Stage.STARTING
@@ -291,7 +293,7 @@ class Fleet:
             self._guard.forget(name)
         for agent in replica.agents:
             ray.kill(agent)
-        self._vacant.append(dataclasses.replace(replica.seats, nodes=frozenset(replica.nodes)))
+        self._vacant.append(replica.seats)
         if started:
             self._log.add(AgentGone(replica.name, reason))
         if not wanted:

@@ -94,7 +94,10 @@ class Ledger:
             self._read(iter(attempt))
 
     def _read(self, texts: Iterator[str]) -> None:
-        head = json.loads(next(texts))
+        first = next(texts, None)
+        if first is None:
+            return  # it ended before anything was written
+        head = json.loads(first)
         order, schedule = RowOrder(**head.pop("order")), Schedule(**head.pop("schedule"))
         self.head = LedgerHead(order, schedule, **head)
         if self.head.first_step > len(self.lines):

@@ -50,6 +50,7 @@ class Decision:
         withdraw: starting replicas that are not wanted any more.
         dismiss: ready replicas that are not wanted any more.
         reason: in plain words.
+        stop: whether members must leave, and nobody can go on without them: the state should be written, and wait.
     """
 
     members: tuple[str, ...] | None
@@ -59,6 +60,7 @@ class Decision:
     withdraw: int = 0
     dismiss: tuple[str, ...] = ()
     reason: str = ""
+    stop: bool = False
 
     @property
     def changed(self) -> bool:
@@ -73,33 +75,42 @@ def decide(view: View) -> Decision:
     (then the newest go). Newcomers join in the order in which they became ready. A generation below the minimum is
     never formed, nor one of newcomers alone: somebody must hold the state.
     """
-    lasting = [m for m in view.members if m not in view.leaving | view.expiring]
-    places = max(0, view.wanted - len(lasting))  # for newcomers first
-    spare = max(0, places - len(view.ready))
-    expiring = [m for m in view.members if m in view.expiring - view.leaving]
-    going = [m for m in view.members if m in view.leaving]
-    going += [*expiring[spare:], *reversed(lasting[view.wanted :])]
-    if view.one_by_one:
-        going = going[:1]
-    last = len(going) == len(view.members) > 0 < len(view.ready)
-    if last:
-        going.pop()  # until the next time
-    staying = [m for m in view.members if m not in going]
-    most = min(view.workers, view.wanted + 1) if last else view.wanted
-    joining = view.ready[: max(0, min(places, most - len(staying)))]
+    ending = view.leaving | view.expiring
+    lasting = [m for m in view.members if m not in ending]
+    places = max(0, view.wanted - len(lasting))  # for newcomers first, then for members that expire
     lacking = places - len(view.ready) - view.starting
     ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
     dismiss = view.ready[places:]
+    going = set(_going(view, lasting, max(0, places - len(view.ready))))
+    staying = [m for m in view.members if m not in going]
+    # Whoever holds the state alone stays beside those who take it over.
+    alone = bool(staying) and {*staying} <= ending
+    most = min(view.workers, view.wanted + 1) if alone else view.wanted
+    joining = view.ready[: max(0, min(places, most - len(staying)))]
     members = (*staying, *joining)
+    there = len({*view.members, *view.ready} - view.leaving)
+    stuck = not going and not joining and {*members} <= view.leaving  # there can be one member only
+    stop = bool(view.leaving) and (there < view.minimum or stuck)
+    if stop or len(members) < view.minimum:
+        reason = f"{there} of at least {view.minimum} replicas are there, {view.starting + ask} are starting"
+        return Decision(None, (), (), ask, withdraw, dismiss, reason, stop)
     leaving = tuple(m for m in view.members if m in going)
-    if len(members) < view.minimum:
-        reason = f"{len(members)} of at least {view.minimum} replicas are there, {view.starting + ask} are starting"
-        return Decision(None, (), (), ask, withdraw, dismiss, reason)
     words = [f"{', '.join(joining)} joining"] if joining and view.members else []
     words += [f"{', '.join(leaving)} leaving"] if leaving else []
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
+
+
+def _going(view: View, lasting: list[str], spare: int) -> list[str]:
+    """Members that leave, in the order in which they do. ``spare``: places for members that expire."""
+    expiring = [m for m in view.members if m in view.expiring and m not in view.leaving]
+    going = [m for m in view.members if m in view.leaving]
+    going += [*expiring[spare:], *reversed(lasting[view.wanted :])]
+    if view.one_by_one:
+        going = going[:1]
+    everybody = len(going) == len(view.members)
+    return going[:-1] if everybody and view.ready else going  # one stays until others have the state
 
 
 class Script:

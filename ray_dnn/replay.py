@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ray.train import Checkpoint
+from ray.train import Checkpoint, Result, TrainingFailedError
 
 from ray_dnn.agent import Resume
 from ray_dnn.checkpoint import Manifest, Place, load_weights
 from ray_dnn.engine.looking import Look, Seen, Watch
-from ray_dnn.errors import ConfigError
+from ray_dnn.errors import ConfigError, NonFiniteError, UserCodeError
 from ray_dnn.events import CheckpointDamaged
 from ray_dnn.identity import differences, of_agents
 from ray_dnn.ledger import Ledger, LedgerLine
@@ -21,7 +21,8 @@ from ray_dnn.resume import check_same, complete, newest
 from ray_dnn.storage import LEDGER, RunFolder, attempts, read_lines, run_place
 
 if TYPE_CHECKING:
-    from ray_dnn.trainer import Trainer
+    from ray_dnn.driver import Outcome
+    from ray_dnn.trainer import Handle, Trainer
 
 TOLERANCE = 1e-3  # on machines of another kind: of a metric, and of the norm of each weight
 
@@ -45,12 +46,14 @@ class Summary:
     """One virtual worker's contribution in numbers. What a replay keeps where nothing else is asked for.
 
     Attributes:
+        rank: see `Seen`.
         norm: 2-norm of the gradient, over all parameters.
         largest: the parameter whose gradient has the largest norm.
     """
 
     worker: int
     phase: str
+    rank: int
     row_ids: list[int]
     metrics: dict[str, float]
     norm: float
@@ -62,7 +65,13 @@ def summarize(seen: Seen) -> Summary:
     norms = {name: float(gradient.double().norm()) for name, gradient in seen.gradients.items()}
     largest = max(norms, key=lambda name: norms[name], default="")
     return Summary(
-        seen.worker, seen.phase, seen.row_ids.tolist(), dict(seen.metrics), math.hypot(*norms.values()), largest
+        seen.worker,
+        seen.phase,
+        seen.rank,
+        seen.row_ids.tolist(),
+        dict(seen.metrics),
+        math.hypot(*norms.values()),
+        largest,
     )
 
 
@@ -73,23 +82,25 @@ class Replay:
     Attributes:
         step: its number, from 0.
         began: the step of the checkpoint that it was run again from; 0: as the job is built.
-        metrics: of the step; "loss" among them.
+        metrics: of the step; "loss" among them. Empty where it failed.
+        error: what it failed with, now as then; None: it did not.
         seen: what ``look`` returned for each virtual worker that had rows, in their order; `Summary` by default.
         same_bits: whether rows, metrics, and weights as far as they were kept, of all steps that were run again are
             those on record, bit for bit.
         differences: what is not the same, in words; on machines of another kind, by more than the tolerance.
         elsewhere: how these machines differ from those of the run, in words.
-        checkpoint: of the state after the step.
+        checkpoint: of the state after the step; None where it failed.
     """
 
     step: int
     began: int
     metrics: dict[str, float]
+    error: str | None
     seen: list[Any]
     same_bits: bool
     differences: list[str]
     elsewhere: list[str]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
 
     def text(self) -> str:
         """What came of it, in a line or some."""
@@ -97,6 +108,7 @@ class Replay:
         lines = [f"step {self.step}, run again {since}: {self._verdict()}"]
         lines += [f"  another machine: {what}" for what in self.elsewhere]
         lines += [f"  {what}" for what in self.differences]
+        lines += [f"  it failed: {self.error}"] if self.error is not None else []
         return "\n".join(lines)
 
     def _verdict(self) -> str:
@@ -115,9 +127,9 @@ def replay(trainer: Trainer, step: int, look: Look | None, activations: Sequence
     place = run_place(run.storage_path, run.name, run.storage_filesystem)
     texts = [read_lines(place, LEDGER, number) for number in attempts(place, LEDGER)]
     record = Ledger(texts).lines
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < len(record):
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= len(record) or not texts:
         has = f"the steps 0 to {len(record) - 1}" if record else "no step"
-        raise ConfigError(f"replay({step!r}): {place.path} has {has} on record. Name one of them.")
+        raise ConfigError(f"replay({step!r}): {place.path} has {has} on record. Name one of them, or the next one.")
     only = _only(trainer, step, place)
     prepared = only._prepare()
     damaged: list[CheckpointDamaged] = []
@@ -125,30 +137,47 @@ def replay(trainer: Trainer, step: int, look: Look | None, activations: Sequence
     for _, manifest in whole:
         check_same(place.path, manifest, prepared.identity)
     resume = newest(((at, m) for at, m in whole if m.step <= step), damaged.append)
-    watch = Watch(look or summarize, step, tuple(activations))
-    handle = only._run(prepared, again=Again(watch, resume, damaged))
-    result = only._finish(handle)
     began = resume.manifest.step if resume is not None else 0
-    assert result.checkpoint is not None
-    mine = Place.of(result.checkpoint)
-    texts.append(read_lines(Place(mine.filesystem, result.path), LEDGER))
+    handle = only._run(prepared, again=Again(Watch(look or summarize, step, tuple(activations)), resume, damaged))
+    outcome, result = _finished(only, handle, step)
+    texts.append(read_lines(Place(place.filesystem, handle.path), LEDGER))
     repeated = Ledger(texts).lines  # a later attempt takes back what an earlier one did from where it begins
-    elsewhere = _elsewhere(whole, Manifest.read(mine))
-    kept = next(((at, m) for at, m in whole if m.step == step + 1), None)
-    exact = [*_lines(record, repeated, began, 0.0), *(_files(*kept, mine) if kept else ())]
-    found = exact
-    if exact and (elsewhere or not trainer.config.deterministic):
-        found = [*_lines(record, repeated, began, TOLERANCE), *(_weights(kept[0], mine) if kept else ())]
+    exact = list(_lines(record, repeated, began, 0.0))
+    found, elsewhere = exact, list[str]()
+    if result is not None:
+        mine = Place.of(result.checkpoint)
+        elsewhere = _elsewhere(whole, Manifest.read(mine))
+        kept = next(((at, m) for at, m in whole if m.step == step + 1), None)
+        exact += _files(*kept, mine) if kept else ()
+        if exact and (elsewhere or not trainer.config.deterministic):
+            found = [*_lines(record, repeated, began, TOLERANCE), *(_weights(kept[0], mine) if kept else ())]
+    if outcome.error is not None and step < len(record):
+        found = [*found, f"step {step}: it did not fail then"]
     return Replay(
         step=step,
         began=began,
-        metrics=dict(repeated[step].metrics),
-        seen=handle._seen,
-        same_bits=not exact,
+        metrics=dict(repeated[step].metrics) if result is not None else {},
+        error=None if outcome.error is None else f"{type(outcome.error).__name__}: {outcome.error}",
+        seen=outcome.seen,
+        same_bits=not exact and not found,
         differences=found,
         elsewhere=elsewhere,
-        checkpoint=result.checkpoint,
+        checkpoint=result.checkpoint if result is not None else None,
     )
+
+
+def _finished(only: Trainer, handle: Handle, step: int) -> tuple[Outcome, Result | None]:
+    """Wait for the end. There is no result where the step failed by itself, and not by what looked at it."""
+    try:
+        result = only._finish(handle)
+    except TrainingFailedError:
+        outcome = handle._ended()
+        own = isinstance(outcome.error, NonFiniteError | UserCodeError)
+        looked = isinstance(outcome.error, UserCodeError) and " in look, " in outcome.error.where
+        if not own or looked or outcome.step != step:
+            raise
+        return outcome, None
+    return handle._ended(), result
 
 
 def _only(trainer: Trainer, step: int, place: Place) -> Trainer:

@@ -54,6 +54,11 @@ class Setbacks:
         )
 
     @property
+    def spare(self) -> int:
+        """How often there may still be too few; below 0: any number of times."""
+        return self._max_failures if self._max_failures < 0 else self._max_failures - self._falls
+
+    @property
     def left_to_fail(self) -> int | None:
         """How often there may be too few from now on, if they are once more; None: they may not."""
         if self._max_failures < 0:

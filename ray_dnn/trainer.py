@@ -134,7 +134,7 @@ class Trainer:
         run is changed; what is run again has a folder of its own, ``replay-…`` in the run's.
 
         Args:
-            step: its number, from 0.
+            step: its number, from 0. The one behind the last that is on record may be the one that the run failed in.
             look: called on the agent with what each virtual worker contributes in this step, a `ray_dnn.replay.Seen`:
                 rows, batches, gradients, activations, model. What it returns comes back in ``Replay.seen``.
             activations: names of modules whose activations are wanted, as ``nn.Module.named_modules`` gives them;
@@ -281,6 +281,11 @@ class Handle:
             self._file.close()
             self._folder.close()
 
+    @property
+    def path(self) -> str:
+        """The run's folder, as its storage names it."""
+        return self._folder.path
+
     def events(self) -> Iterator[Event]:
         """All events from the first one on, as they come, until the run has ended. Any number of readers."""
         return self._log.follow()
@@ -310,8 +315,7 @@ class Handle:
 
     def result(self) -> Result:
         """Wait for the end. Returns and raises what `Trainer.fit` does."""
-        outcome = self._outcome.result()
-        self._thread.join()
+        outcome = self._ended()
         if outcome.error is not None:
             raise _failure(outcome) from _cause(outcome)
         folder = self._folder
@@ -333,10 +337,11 @@ class Handle:
             _storage_filesystem=folder.filesystem,
         )
 
-    @property
-    def _seen(self) -> list[Any]:
-        """What ``look`` returned in a replay that has ended, in order."""
-        return self._outcome.result().seen
+    def _ended(self) -> Outcome:
+        """Wait for the end."""
+        outcome = self._outcome.result()
+        self._thread.join()
+        return outcome
 
     def _interrupt(self) -> None:
         """End all agents: after a last checkpoint, or at once when Ctrl-C is pressed again."""

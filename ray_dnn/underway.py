@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
@@ -57,21 +58,22 @@ class Underway:
 
     def begin(self, founders: set[str], settled: int, commands: Sequence[Command], finish: bool) -> None:
         """Tell the agents their places. See `Generation` for what these say."""
-        for index, replica in enumerate(self.members):
-            replica.stage = Stage.MEMBER
-            for rank, agent in enumerate(replica.agents):
-                generation = Generation(
-                    number=self.number,
-                    plan=self.plan,
-                    replica=index,
-                    names=tuple(r.names[rank] for r in self.members),
-                    addresses=tuple(r.hello(rank).address for r in self.members),
-                    founding=replica.name in founders,
-                    settled=settled,
-                    commands=tuple(commands),
-                    finish=finish,
-                )
-                self._loop.watch(agent.run.remote(generation), self._ended(replica, rank))
+        for rank in range(len(self.members[0].agents)):
+            same = Generation(
+                number=self.number,
+                plan=self.plan,
+                replica=0,
+                names=tuple(r.names[rank] for r in self.members),
+                addresses=tuple(r.hello(rank).address for r in self.members),
+                founding=False,
+                settled=settled,
+                commands=tuple(commands),
+                finish=finish,
+            )
+            for index, replica in enumerate(self.members):
+                replica.stage = Stage.MEMBER
+                generation = replace(same, replica=index, founding=replica.name in founders)
+                self._loop.watch(replica.agents[rank].run.remote(generation), self._ended(replica, rank))
 
     def command(self, command: Command) -> None:
         """Tell the agents a decision."""

@@ -1,6 +1,7 @@
 """The driver's side of checkpoints, with agents that do as the test says: when they are taken, and who writes them."""
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -348,6 +349,36 @@ def test_a_storage_that_stays_away_ends_the_run_with_its_state_written_elsewhere
     manifest = Manifest.read(Place.of(checkpoint))
     verify(Place.of(checkpoint), manifest)
     assert (manifest.step, sorted(manifest.files)) == (7, ["part-0", "part-1", "part-2"])
+
+
+def test_what_is_gone_already_counts_as_deleted(tmp_path: Path) -> None:
+    run = Run(tmp_path, every=5, keep=1)
+    run.checkpoints.look()
+    for step in (5, 10):
+        if step == 10:
+            (folder,) = run.folder.checkpoints()
+            shutil.rmtree(f"{run.folder.path}/{folder}")
+        run.take(step)
+        run.step(step)
+        run.write()
+    assert not run.events(CheckpointStays)
+    assert [kept.step for kept in run.checkpoints.kept] == [10]
+
+
+def test_a_full_disk_ends_the_run_once_and_says_so_if_there_is_no_other_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, every=5)
+    run.checkpoints.look()
+    run.take(5)
+    monkeypatch.setattr("ray_dnn.checkpoints._GIVE_UP_S", -1.0)
+    monkeypatch.setattr("ray_dnn.checkpoints.mkdtemp", lambda prefix: str(tmp_path / "run" / "attempt-0001"))
+    (tmp_path / "run" / "attempt-0001").write_text("a file")
+    for agent in run.agents:
+        agent.waiting["write"].pop()[0].set_result(Failed(OSError("no space left")))
+    (error,) = run.lost
+    assert "could not be written" in str(error)
+    assert "no space left" in str(error)
 
 
 def test_files_that_only_agents_can_see_end_the_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import nodes
 from jobs_for_tests import assert_every_row_once, digest, loss, slowly, trainer
 from ray.train import FailureConfig, Result, RunConfig
+from test_nodes import processes_of
 
 from ray_dnn.events import (
     AgentStarted,
@@ -148,6 +149,39 @@ def test_where_all_nodes_end_the_state_is_written_and_handed_to_whoever_comes(cl
     assert len(written) >= 3  # at once, when it stopped, and at the end
     assert_as_undisturbed(result, tmp_path)
     for node in (first, *others):
+        cluster.remove_node(node)
+
+
+def test_the_only_agent_that_a_job_has_work_for_hands_on_through_a_checkpoint(cluster: Any, tmp_path: Path) -> None:
+    first, second = add(cluster), add(cluster)
+    made = job(tmp_path, (1, 1))
+    handle = replace(made, config=replace(made.config, virtual_workers=1)).start()
+
+    def begun(event: Any) -> bool:
+        return isinstance(event, AgentStarted)
+
+    ended: list[Any] = []
+
+    def notice() -> None:
+        pid = next(e.pid for e in handle.events() if isinstance(e, AgentStarted))
+        node = first if pid in processes_of(first) else second
+        ended.append(node)
+        drain(cluster, node, 12)
+
+    def resumed(event: Any) -> bool:
+        return isinstance(event, RunResumed)
+
+    result = follow(handle, (begun, lambda: None), (progress, notice), (resumed, lambda: None), (progress, handle.stop))
+    (again,) = of(result, RunResumed)
+    assert len(read_ledger(result, attempt=1).lines) == again.step
+    alone = trainer(
+        tmp_path / "alone",
+        1,
+        {"loss": loss},
+        {"virtual_workers": 1, **ENDLESS, "steps": len(read_ledger(result).lines)},
+    )
+    assert digest(result) == digest(alone.fit())
+    for node in (first, second):
         cluster.remove_node(node)
 
 

@@ -326,7 +326,7 @@ def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> No
         assert len(decision.members) >= view.minimum
         # Where only one may leave at once, those who are too many go one after another. One may have to stay until
         # others have the state.
-        alone = len(set(decision.members) & set(view.members)) == 1
+        alone = {*decision.members} & {*view.members} <= view.leaving | view.expiring
         most = min(view.workers, view.wanted + alone)
         assert len(decision.members) <= max(most, len(view.members) - 1 if view.one_by_one else 1)
     assert decision == decide(replace(view))
@@ -358,6 +358,24 @@ def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
     assert decision.joining == view.ready[: len(decision.joining)]
     assert decision.changed == (decision.members != view.members)
     assert not (decision.joining and decision.dismiss) or len(decision.members) >= view.wanted
+
+
+@examples
+@given(views())
+def test_whoever_must_leave_leaves_in_time_or_the_state_is_written(view: View) -> None:
+    """However long nobody else comes: it is stopped for those who cannot be done without, and the others are gone."""
+    view = replace(view, starting=0)
+    for _ in range(2 + 2 * len(view.members)):
+        decision = decide(view)
+        if decision.stop:
+            assert decision.members is None
+            rest = {*view.members, *view.ready} - view.leaving
+            assert len(rest) < view.minimum or view.workers < 2
+            return
+        if not decision.changed:
+            break
+        view = replace(after(view, decision), starting=0, ready=view.ready[len(decision.joining) :])
+    assert not view.leaving
 
 
 def test_who_must_go_goes_before_who_is_too_many_and_the_newest_first() -> None:
@@ -411,6 +429,10 @@ def test_carrying_decisions_out_leads_to_the_wanted_number_and_rest(view: View) 
     for _ in range(3 + 2 * view.one_by_one * len(view.members)):  # one asks for a replacement, one brings it in
         view = after(view, decide(view))
     decision = decide(view)
+    if decision.stop:  # nobody can take the state over beside the only agent that there can be
+        assert view.workers == 1
+        assert view.ready
+        return
     assert decision.members == view.members
     assert len(view.members) == view.wanted
     assert (decision.changed, decision.ask, decision.withdraw) == (False, 0, 0)

@@ -1,6 +1,7 @@
 """A past step of a run is run again: the same bits, and all that is in it can be looked at."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import ray
 import torch
-from jobs_for_tests import build_model, features, trainer
+from jobs_for_tests import build_model, features, loss, trainer
 from ray.train import TrainingFailedError
 from strategies_for_tests import ErrorFeedback
+from torch import nn
 
 from ray_dnn import Seen, load_weights
 from ray_dnn.checkpoint import MANIFEST, Manifest, Place
@@ -151,7 +153,7 @@ def test_on_another_kind_of_machine_it_is_the_same_within_the_tolerance(path: Pa
 @pytest.mark.parametrize(
     ("step", "config", "name", "match"),
     [
-        (21, {}, "run", r"replay\(21\): .* has the steps 0 to 20 on record"),
+        (22, {}, "run", r"replay\(22\): .* has the steps 0 to 20 on record"),
         (-1, {}, "run", r"replay\(-1\)"),
         (3, {"seed": 1}, "run", r"another job.*seed\): 0 then, 1 now"),
         (3, {}, "other", "has no step on record"),
@@ -179,6 +181,34 @@ def test_what_look_raises_is_the_users(path: Path) -> None:
     assert isinstance(caught.value.__cause__, ArithmeticError)
 
 
+def poisoned(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Not a number for the row 150."""
+    return loss(model, batch) * torch.where((batch["row"] == 150).any(), float("nan"), 1.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_the_step_that_a_run_failed_in_can_be_looked_at(tmp_path: Path, nonfinite: str) -> None:
+    job = trainer(tmp_path, 1, {"loss": poisoned}, {"nonfinite": nonfinite, "steps": 7, "epochs": None})
+    if nonfinite == "stop":
+        with pytest.raises(TrainingFailedError, match="NonFiniteError"):
+            job.fit()
+    else:
+        job.fit()
+    lines = read_ledger(str(tmp_path / "run")).lines
+    step = len(lines) if nonfinite == "stop" else next(line.step for line in lines if line.skipped)
+    again = job.replay(step)
+    assert len(again.seen) == 5  # each once, though contributions are computed once more to find the wrong one
+    (wrong,) = [seen for seen in again.seen if math.isnan(seen.metrics["loss"])]
+    assert 150 in wrong.row_ids
+    assert again.differences == []
+    if nonfinite == "stop":
+        assert again.error is not None
+        assert again.error.startswith("NonFiniteError")
+        assert again.checkpoint is None
+    else:
+        assert again.error is None
+
+
 def test_states_of_virtual_workers_are_taken_from_the_checkpoint(tmp_path: Path) -> None:
     job = trainer(tmp_path, 2, config={"checkpoint_every": 5}, strategy=ErrorFeedback())
     job.fit()
@@ -194,8 +224,12 @@ import ray
 from jobs_for_tests import trainer
 
 ray.init(address={address!r}, log_to_driver=False)
-trainer(Path(sys.argv[1]), 2, config={{"epochs": 3, "checkpoint_every": 5}}).fit()
-print("never reached")
+try:
+    trainer(Path(sys.argv[1]), 2, config={{"epochs": 3, "checkpoint_every": 5}}).fit()
+    print("never reached")
+except Exception:
+    print("trained after all")
+    raise
 """
 
 
@@ -213,8 +247,9 @@ def test_the_command_runs_the_script_that_trained(path: Path, tmp_path: Path) ->
     assert "step 18, run again from the checkpoint of step 15: the same bits as on record" in plain.stdout
     assert "virtual worker 4" in plain.stdout
     assert "never reached" not in plain.stdout
+    assert "trained after all" not in plain.stdout
     told = command("--json", "--look", f"{look}:bias", "--activations", "4", "18", str(script), str(path))
-    found = json.loads(told.stdout.splitlines()[-1])
+    found = json.loads(told.stdout)
     assert (found["same_bits"], len(found["seen"])) == (True, 5)
     assert all(len(seen["bias"]) == 2 and len(seen["out"][0][0]) == 2 for seen in found["seen"])
     late = command("99", str(script), str(path))

@@ -18,6 +18,7 @@ from ray_dnn.checkpoint import MANIFEST, WEIGHTS, Manifest, Place
 from ray_dnn.checkpoints import Kept, retire
 from ray_dnn.errors import CheckpointError, ConfigError
 from ray_dnn.events import KINDS, EventLog, RunFinished, Waiting, parse
+from ray_dnn.ledger import Ledger
 from ray_dnn.storage import EVENTS, RunFolder, read_lines
 from ray_dnn.testing import read_events
 
@@ -95,12 +96,12 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def written(path: Path) -> Path:
-    """A checkpoint of three files with a tensor each, and an index."""
+def written(path: Path, most: int = 1) -> Path:
+    """A checkpoint of three files with a tensor each, or of fewer with more, and an index."""
     place = Place(LOCAL, str(path))
     path.mkdir()
     sizes = {name: tensor.nbytes for name, tensor in TENSORS.items()}
-    parts = checkpoint.divide(WEIGHTS, sizes, most=1)
+    parts = checkpoint.divide(WEIGHTS, sizes, most)
     files = {
         file: place.write(file, *tensorfile.chunks({n: TENSORS[n] for n in names})) for file, names in parts.items()
     }
@@ -118,6 +119,14 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     manifest = Manifest.read(Place.of(path))
     assert (manifest.step, manifest.units) == (3, {7: 5})
     checkpoint.verify(Place.of(path), manifest)
+
+
+def test_weights_that_were_loaded_are_tensors_like_any_others(tmp_path: Path) -> None:
+    loaded = load_weights(written(tmp_path / "c", most=1 << 20))
+    assert len({tensor.dtype for tensor in loaded.values()}) > 1  # in one file
+    torch.save(loaded, tmp_path / "saved")
+    for tensor in loaded.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_safetensors_and_transformers_read_the_weights(tmp_path: Path) -> None:
@@ -239,3 +248,8 @@ def test_readers_of_the_event_log_see_everything_until_it_is_closed() -> None:
     log.close()
     assert [type(e) for e in reader] == [RunFinished]
     assert [type(e) for e in log.follow()] == [Waiting, RunFinished]
+
+
+def test_an_attempt_that_ended_before_it_wrote_anything_has_an_empty_ledger() -> None:
+    assert Ledger([[]]).lines == []
+    assert Ledger([]).lines == []

@@ -83,7 +83,8 @@ class Contributor:
 
     Attributes:
         memory: where leaves lie; None: in memory that nobody else reads.
-        seen: what the user made of contributions, where they are looked at (see `ray_dnn.engine.looking`).
+        seen: what the user made of contributions, where they are looked at (see `ray_dnn.engine.looking`); by phase,
+            worker and rank.
     """
 
     def __init__(self, state: TrainingState, strategy: Strategy, source: BatchSource):
@@ -92,7 +93,7 @@ class Contributor:
         self.source = source
         self.marks = Marks()
         self.memory: SharedMemory | None = None
-        self.seen: list[Any] = []
+        self.seen: dict[tuple[int, int, int], Any] = {}
         self.layouts: dict[str, Layout] = {}
         for phase in state.phases:
             state.phase = phase

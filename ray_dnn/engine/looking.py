@@ -29,6 +29,7 @@ class Seen:
     Attributes:
         step, worker: whose contribution it is.
         phase: the optimizer whose turn it was, for jobs with several.
+        rank: of the agent in its replica, for replicas of several agents, which each see their part.
         model: as it was before the step.
         rows: the rows that the worker used, as they were read, of type `pyarrow.Table`.
         row_ids: their numbers in the dataset, int64. Shape: (rows,).
@@ -43,6 +44,7 @@ class Seen:
     step: int
     worker: int
     phase: str
+    rank: int
     model: nn.Module
     rows: pa.Table
     row_ids: Any
@@ -75,9 +77,9 @@ class Watch:
 class WatchedContributor(Contributor):
     """Computes the same contributions, and shows those of one step."""
 
-    def __init__(self, state: TrainingState, strategy: Strategy, source: BatchSource, watch: Watch):
+    def __init__(self, state: TrainingState, strategy: Strategy, source: BatchSource, watch: Watch, rank: int = 0):
         super().__init__(state, strategy, source)
-        self._watch = watch
+        self._watch, self._rank = watch, rank
         self._probing = False
 
     def first(self, worker: int = 0) -> tuple[Given, codec.Tree]:
@@ -91,13 +93,16 @@ class WatchedContributor(Contributor):
         self, worker: int, worker_state: WorkerState, leaf: Leaf, agent: str = "", ready: Ready | None = None
     ) -> Given:
         watch = self._watch
-        if self._probing or self.state.step != watch.step or not self.source.rows(watch.step, worker):
+        place = (self.state.phases.index(self.state.phase), worker, self._rank)
+        # Where the sum is not finite, contributions are computed once more.
+        wanted = self.state.step == watch.step and place not in self.seen and not self._probing
+        if not wanted or not self.source.rows(watch.step, worker):
             return super().contribute(worker, worker_state, leaf, agent, ready)
         with _activations(self.state.model, watch.activations) as activations:
             given = super().contribute(worker, worker_state, leaf, agent, ready)
         seen = self._seen(worker, given, leaf, activations)
         where = f"look, agent {agent}, step {watch.step}, virtual worker {worker}"
-        self.seen.append(guarded(where, lambda: watch.look(seen)))
+        self.seen[place] = guarded(where, lambda: watch.look(seen))
         return given
 
     def _seen(self, worker: int, given: Given, leaf: Leaf, activations: dict[str, list[Any]]) -> Seen:
@@ -108,6 +113,7 @@ class WatchedContributor(Contributor):
             step=step,
             worker=worker,
             phase=self.state.phase,
+            rank=self._rank,
             model=self.state.model,
             rows=source.table(step, worker),
             row_ids=source.row_ids(step, worker),
