@@ -240,7 +240,7 @@ def _memory() -> Iterator[tuple[Row, Claim]]:
 
 
 def alone(folder: str) -> Iterator[tuple[Row, Claim]]:
-    """What is measured without agents, in a cluster that has the CPUs of this machine. ``folder``: of the first shape."""
+    """What is measured without agents, in a cluster with this machine's CPUs. ``folder``: of the first shape."""
     with small.cluster(len(os.sched_getaffinity(0))):
         yield from _firsts(SHAPES[0], folder)
         yield from _resumes(SHAPES[0], folder)
@@ -288,8 +288,9 @@ def _notes() -> tuple[str, ...]:
         f"The windowed shuffle takes rows from {window:,} at a time. For the peer that shuffles, "
         f"local_shuffle_buffer_size is {window // AGENTS:,} in each of the {AGENTS} agents.",
         "The first batch, and the middle of an epoch: without agents, in a process that takes all rows, in a Ray "
-        "cluster that has as many CPUs as the machine, and has done the same before. Ray Train feeds an agent by streaming_split; iter_torch_batches reads "
-        "for the process that calls it. Windowed shuffle on our side, none on the peer's.",
+        "cluster that has as many CPUs as the machine, and has done the same before. Ray Train feeds an agent by "
+        "streaming_split; iter_torch_batches reads for the process that calls it. Windowed shuffle on our side, none "
+        "on the peer's.",
         "In the middle of an epoch a feed finds its place by the rows of the units before, from the footers of the "
         "files or, where rows are filtered, from an earlier count. Where nobody has counted them, it reads them to do "
         "so. The time is from the dataset to the last batch.",
