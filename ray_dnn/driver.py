@@ -55,7 +55,7 @@ from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
 from ray_dnn.membership import Decision, Script, View, decide
-from ray_dnn.plan import Plan, lay
+from ray_dnn.plan import Balance, Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
 from ray_dnn.resume import check_same
@@ -190,6 +190,7 @@ class Driver:
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
         self._setbacks = Setbacks(size.minimum, size.max_failures)
+        self._balance = Balance()
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -594,6 +595,7 @@ class Driver:
         now = self._now = Underway(self._loop, self._fleet, self, self._generation, members, plan)
         self._members, self._waiting = members, False
         self._setbacks.formed(len(members))
+        self._balance.begin(changed=members != before)
         self._script.formed(len(members))
         self._tell(before, plan)
         # Decisions without a step are carried out by this generation, or made again below.
@@ -729,6 +731,15 @@ class Driver:
         if self._recorder.steps > known:
             self._feed.committed(self._recorder.steps)
             self._checkpoints.stepped()
+            self._look_at_speeds()
+
+    def _look_at_speeds(self) -> None:
+        """Lay a new plan where members have become slower or faster than the present one was laid for."""
+        if self._now is None or not self._running or self._recorder.generation != self._generation:
+            return
+        wanted = self._balance.look(self._now.plan, self._recorder.speeds(self._members), time.monotonic())
+        if wanted is not None:
+            self._decide_pause("rebalance", wanted)
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from ray_dnn.agent import Job
@@ -14,6 +16,7 @@ from ray_dnn.fleet import Replica
 from ray_dnn.ledger import LedgerHead, LedgerLine, units_line
 from ray_dnn.storage import LEDGER, RunFolder
 
+_LATELY = 5  # steps whose median speed counts: the first one of a process is slow
 _PROGRESS_LEAST_S, _PROGRESS_MOST_S = 1.0, 30.0
 
 
@@ -33,7 +36,8 @@ class Recorder:
         self._job, self._log = job, log
         self._ledger = folder.append_file(LEDGER)
         self._ledger.write(head.to_json())
-        self._speeds: dict[str, float] = {}  # contributions per second, smoothed, by first agent of the replica
+        # Contributions per second in the last steps, by first agent of the replica.
+        self._speeds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
         self._last: StepReport | None = None
         self._rows = 0
         self._waited = self._waited_in_all = 0.0  # seconds that the reporting agent waited for rows, lately and ever
@@ -74,6 +78,11 @@ class Recorder:
         """Seconds that the last step took; 0: there was none."""
         return self._last.time - self._last.began if self._last is not None else 0.0
 
+    @property
+    def generation(self) -> int:
+        """That has committed the last step; 0: there was none."""
+        return self._last.generation if self._last is not None else 0
+
     def flush(self) -> None:
         """Have all that is known written."""
         self._ledger.flush()
@@ -108,7 +117,7 @@ class Recorder:
         )
         self._ledger.write(line.to_json())
         for name, speed in zip(report.members, report.speeds, strict=True):
-            self._speeds[name] = 0.8 * self._speeds.get(name, speed) + 0.2 * speed
+            self._speeds[name].append(speed)
         if self._last is None or self._last.generation != report.generation:
             self._generation_begins(report)
         if report.skipped:
@@ -146,10 +155,8 @@ class Recorder:
 
     def speeds(self, members: Sequence[Replica]) -> list[float]:
         """Speeds for the plan: measured ones where all are known, else all alike."""
-        known = [self._speeds.get(replica.names[0]) for replica in members]
-        if any(speed is None for speed in known):
-            return [1.0] * len(known)
-        return [speed for speed in known if speed is not None]
+        known = [self._speeds[replica.names[0]] for replica in members]
+        return [median(speeds) for speeds in known] if all(known) else [1.0] * len(known)
 
     def _progress(self, agents: int) -> None:
         now = time.time()

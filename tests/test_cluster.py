@@ -1,8 +1,11 @@
 """Runs on a real Ray cluster: membership, endings and refusals. Each compares bits or row counts where it trains."""
 
+import itertools
 import re
 import time
 import traceback
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from ray_dnn.events import (
     AgentGone,
     AgentRefused,
     AgentStarted,
+    Decided,
     GenerationFormed,
     HiddenStateSuspected,
     Progress,
@@ -362,3 +366,31 @@ def test_a_loss_that_is_not_a_mean_over_rows(tmp_path: Path) -> None:
     spec = {"loss": tokens, "optimizer": build_optimizer}
     results = [trainer(tmp_path / str(n), n, spec).fit() for n in (1, 2)]
     assert len({digest(r) for r in results}) == 1
+
+
+@cache
+def is_first(folder: Path) -> bool:
+    """Whether this process is the first that asks."""
+    return claim(folder, 1) == 0
+
+
+def uneven(folder: Path) -> Callable[..., torch.Tensor]:
+    """A loss that takes three times as long in one of the processes."""
+    return lambda model, batch: slowly(0.03 if is_first(folder) else 0.01)(model, batch)
+
+
+def test_an_agent_three_times_slower_gets_fewer_virtual_workers(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"batch_size": 48, "virtual_workers": 12, "epochs": None}
+    endless = config | {"steps": 10**6}
+    handle = trainer(tmp_path / "uneven", 2, {"loss": uneven(tmp_path)}, endless).start()
+    for event in handle.events():
+        if isinstance(event, Decided) and event.kind == "rebalance":
+            handle.stop()
+    result = handle.result()
+    assert result.metrics is not None
+    formed = [e for e in read_events(result) if isinstance(e, GenerationFormed)]
+    assert formed[0].bounds == [0, 6, 12]
+    shares = sorted(b - a for a, b in itertools.pairwise(formed[1].bounds))
+    assert shares[0] in (2, 3, 4)
+    alone = trainer(tmp_path / "alone", 1, {"loss": loss}, config | {"steps": result.metrics["steps"]}).fit()
+    assert digest(result) == digest(alone)

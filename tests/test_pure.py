@@ -22,7 +22,7 @@ from ray_dnn.engine.transfer import roles
 from ray_dnn.engine.worker_states import holders, moves
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
 from ray_dnn.membership import Decision, View, decide
-from ray_dnn.plan import Plan, lay
+from ray_dnn.plan import Balance, Plan, lay, step_s
 from ray_dnn.sampler import (
     UNIT_ROWS,
     Counted,
@@ -111,6 +111,48 @@ def test_equal_replicas_align_with_the_tree(exponent: int, data: st.DataObject) 
     replicas = 2 ** data.draw(st.integers(0, exponent))
     plan = lay(0, workers, [1.7] * replicas)
     assert all(len(plan.cover(r)) == 1 for r in range(replicas))
+
+
+def rebalanced(workers: int, speeds: list[list[float]], seconds: float) -> list[tuple[float, Plan]]:
+    """The plans that follow each other while speeds are as named, step after step: when, and which."""
+    balance, plans = Balance(), [(0.0, lay(0, workers, [1.0] * len(speeds[0])))]
+    balance.begin(changed=True)
+    for step, now in enumerate(speeds):
+        if balance.look(plans[-1][1], now, step * seconds):
+            plans.append((step * seconds, lay(len(plans), workers, now)))
+            balance.begin(changed=False)
+    return plans
+
+
+def test_an_agent_three_times_slower_gets_a_third_within_a_few_steps() -> None:
+    (_, first), (when, second) = rebalanced(64, [[3.0, 3.0, 1.0, 1.0]] * 100, seconds=1.0)
+    assert first.bounds == (0, 16, 32, 48, 64)
+    assert second.bounds == (0, 24, 48, 56, 64)
+    assert when <= 3
+    assert step_s(second.bounds, [3.0, 3.0, 1.0, 1.0]) <= 1.15 * 64 / 8
+
+
+@examples
+@given(
+    st.integers(3, 40),
+    st.lists(st.lists(st.floats(0.1, 50), min_size=3, max_size=3), min_size=1, max_size=300),
+    st.floats(0.001, 5),
+)
+def test_whatever_speeds_do_plans_change_more_and_more_rarely(
+    workers: int, speeds: list[list[float]], seconds: float
+) -> None:
+    plans = rebalanced(workers, speeds, seconds)
+    times = [when for when, _ in plans]
+    for number, (before, after) in enumerate(itertools.pairwise(times)):
+        assert after - before >= min(2.0 * 2**number, 600.0) - 1e-6
+    for (_, before), (when, plan) in itertools.pairwise(plans):
+        now = speeds[round(when / seconds)]
+        assert step_s(plan.bounds, now) < step_s(before.bounds, now)
+
+
+def test_equal_agents_and_small_gains_change_nothing() -> None:
+    assert len(rebalanced(10, [[1.0, 1.0, 1.05]] * 1000, 1.0)) == 1
+    assert len(rebalanced(10, [[1e5, 1e5, 3e5]] * 1000, 1.0)) == 1  # a step takes microseconds
 
 
 @pytest.mark.parametrize("speeds", [[], [1.0] * 5, [1.0, 0.0], [1.0, float("nan")]])
