@@ -595,7 +595,7 @@ class Driver:
         now = self._now = Underway(self._loop, self._fleet, self, self._generation, members, plan)
         self._members, self._waiting = members, False
         self._setbacks.formed(len(members))
-        self._balance.begin(changed=members != before)
+        self._balance.begin(changed=members != before or bool(self._lost))
         self._script.formed(len(members))
         self._tell(before, plan)
         # Decisions without a step are carried out by this generation, or made again below.
