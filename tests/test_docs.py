@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
 from ray_dnn.events import KINDS
 from ray_dnn.phases import Phase
+from ray_dnn.plan import lay, step_s
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -288,3 +290,14 @@ def test_the_verdict_on_a_value_is_true(line: Verdict) -> None:
     else:
         assert re.match("honoured|see below", line.verdict)
         make()
+
+
+def test_the_divisions_in_the_table_are_those_that_are_laid() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    rows = re.findall(r"^\| `virtual_workers=(\d+)` \| ([\d, ]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert rows
+    speeds = [3.0, 3.0, 1.0, 1.0]
+    for workers, counts, times in rows:
+        bounds = lay(0, int(workers), speeds).bounds
+        assert [b - a for a, b in pairwise(bounds)] == [int(count) for count in counts.split(",")]
+        assert f"{step_s(bounds, speeds) / (int(workers) / sum(speeds)):.2f}" == times
