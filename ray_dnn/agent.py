@@ -240,11 +240,13 @@ class Failed:
     Attributes:
         error: the exception; its cause separately, for pickling an exception loses it.
         seen: see `Stopped`.
+        reports: of what was committed before, that the driver may not have yet.
     """
 
     error: Exception
     cause: Exception | None = None
     seen: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+    reports: tuple[Report, ...] = ()
 
 
 Ended = Stopped | Left | Convicted | Failed
@@ -323,7 +325,7 @@ class Agent:
         try:
             ended: Ended = task.result()
             if isinstance(ended, Failed) and self.engine is not None:
-                ended = replace(ended, seen=self.engine.contributor.seen)
+                ended = replace(ended, seen=self.engine.contributor.seen, reports=tuple(self._pending()))
             return ended
         except CancelledError:
             return Left()

@@ -390,6 +390,8 @@ class Driver:
         """An agent's call raised: the job's fault, not the agent's."""
         self.outcome.cause = failed.cause
         self._seen(failed.seen)
+        for report in failed.reports:
+            self._recorder.add(report)
         self._fail(failed.error)
 
     def _seen(self, seen: Mapping[tuple[int, int, int], Any]) -> None:
