@@ -64,7 +64,7 @@ def _epochs(shape: Shape, found: Mapping[Side, Sequence[float]]) -> Iterator[tup
         told = f"{theirs.label}: {_rate(shape, peer)}"
         yield (
             (what, str(len(mine)), _speed(shape, mine), _speed(shape, peer), str(ratio), f"{ratio.bound:.2f}"),
-            Claim(first, _rate(shape, mine), told, str(ratio), ratio.median > 1, theirs is THEIRS),
+            Claim(first, _rate(shape, mine), told, str(ratio), ratio.median > 1, (ours, theirs) == _COMPARED[1]),
         )
 
 
@@ -119,7 +119,14 @@ def _firsts(shape: Shape, folder: str) -> Iterator[tuple[Row, Claim]]:
         what = f"from a dataset to its first batch, {shape.name}"
         yield (
             (what, str(FIRSTS), spread(mine, "s", 2), peer, str(ratio), f"{ratio.bound:.2f}"),
-            Claim(what, f"{median(mine):.2f} s", f"{side}: {median(found[side]):.2f} s", str(ratio), ratio.median > 1),
+            Claim(
+                what,
+                f"{median(mine):.2f} s",
+                f"{side}: {median(found[side]):.2f} s",
+                str(ratio),
+                ratio.median > 1,
+                brief=side == next(iter(_PEERS)),
+            ),
         )
 
 
@@ -181,7 +188,11 @@ def _resumes(shape: Shape, folder: str) -> Iterator[tuple[Row, Claim]]:
         yield (
             (told, str(RESUMES), spread(rest, "s", 1), whole_s, str(ratio), "–"),
             Claim(
-                what, f"{median(rest):.1f} s", f"its whole epoch: {median(epoch):.1f} s", str(ratio), brief=not filtered
+                what,
+                f"{median(rest):.1f} s",
+                f"its whole epoch: {median(epoch):.1f} s",
+                str(ratio),
+                brief=times == LONGER,
             ),
         )
 
@@ -235,7 +246,7 @@ def _memory() -> Iterator[tuple[Row, Claim]]:
         told = f"Ray Data, iter_torch_batches: {_mib(theirs)}"
         yield (
             (what + name, "1", _mib(ours), told, "–", "–"),
-            Claim(what + name, _mib(ours), told, worse=ours > theirs, brief=name != "its highest use"),
+            Claim(what + name, _mib(ours), told, worse=ours > theirs, brief=name == "spilled to disk"),
         )
 
 
