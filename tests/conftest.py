@@ -39,6 +39,7 @@ LONG = (
     "test_feed",
     "test_cluster",
     "test_docs",
+    "test_draining",
     "test_strategies",
     "test_feed_cluster",
     "test_soak",
