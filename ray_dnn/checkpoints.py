@@ -194,7 +194,7 @@ class Checkpoints:
         if at_once or not isinstance(self._every, int):
             every, at_step, reason = 1, 0, "wanted now"
         else:
-            last = self.kept[-1].step if self.kept else 0
+            last = self.newest_step or 0
             every, at_step, reason = self._every, last + 1, f"every {self._every} steps"
         ordered = self._owner.order_snapshot(every, at_step, reason)
         if ordered is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ray_dnn.tree import Node, cover
 
@@ -76,9 +77,14 @@ def lay(number: int, workers: int, speeds: Sequence[float]) -> Plan:
     return Plan(number, tuple(bounds))
 
 
+def sizes(bounds: Sequence[int]) -> list[int]:
+    """How many virtual workers each replica hosts."""
+    return [stop - start for start, stop in pairwise(bounds)]
+
+
 def step_s(bounds: Sequence[int], speeds: Sequence[float]) -> float:
     """Seconds that the slowest replica computes in a step."""
-    return max((stop - start) / speed for start, stop, speed in zip(bounds, bounds[1:], speeds, strict=False))
+    return max(count / speed for count, speed in zip(sizes(bounds), speeds, strict=True))
 
 
 class Balance:
@@ -112,5 +118,7 @@ class Balance:
         if self._steps < _SURE_STEPS or now - self._since < self._wait_s:
             return None
         self._since, self._wait_s = None, min(2 * self._wait_s, _WAIT_MAX_S)
-        counts = [stop - start for start, stop in zip(better.bounds, better.bounds[1:], strict=False)]
-        return f"speeds have changed: {counts} virtual workers by agent would take {then / present:.0%} of the time"
+        return (
+            f"speeds have changed: {sizes(better.bounds)} virtual workers by agent would take {then / present:.0%} of "
+            "the time"
+        )

@@ -142,13 +142,13 @@ def replay(trainer: Trainer, step: int, look: Look | None, activations: Sequence
     outcome, result = _finished(only, handle, step)
     texts.append(read_lines(Place(place.filesystem, handle.path), LEDGER))
     repeated = Ledger(texts).lines  # a later attempt takes back what an earlier one did from where it begins
-    exact = list(_lines(record, repeated, began, 0.0))
-    found, elsewhere = exact, list[str]()
+    exact, elsewhere = list(_lines(record, repeated, began, 0.0)), list[str]()
+    found = exact
     if result is not None:
         mine = Place.of(result.checkpoint)
         elsewhere = _elsewhere(whole, Manifest.read(mine))
         kept = next(((at, m) for at, m in whole if m.step == step + 1), None)
-        exact += _files(*kept, mine) if kept else ()
+        found = exact = [*exact, *(_files(*kept, mine) if kept else ())]
         if exact and (elsewhere or not trainer.config.deterministic):
             found = [*_lines(record, repeated, began, TOLERANCE), *(_weights(kept[0], mine) if kept else ())]
     if outcome.error is not None and step < len(record):

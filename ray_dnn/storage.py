@@ -223,9 +223,8 @@ def attempts(place: Place, kind: str) -> list[int]:
 def _parts(place: Place, kind: str) -> Mapping[int, list[str]]:
     """The names of the parts of each attempt's file, in order."""
     found: dict[int, list[str]] = {}
-    for name in sorted(
-        place.sizes(missing=True), key=lambda name: name.removesuffix(".jsonl")
-    ):  # the first one may have no number
+    # The first part may have no number, so it is the names without their ends that are in order.
+    for name in sorted(place.sizes(missing=True), key=lambda name: name.removesuffix(".jsonl")):
         if match := re.fullmatch(rf"{kind}-(\d+)(\.\d+)?\.jsonl", name):
             found.setdefault(int(match[1]), []).append(name)
     return found

@@ -135,7 +135,7 @@ class Trainer:
 
         Args:
             step: its number, from 0. The one behind the last that is on record may be the one that the run failed in.
-            look: called on the agent with what each virtual worker contributes in this step, a `ray_dnn.replay.Seen`:
+            look: called on the agent with what each virtual worker contributes in this step, a `ray_dnn.Seen`:
                 rows, batches, gradients, activations, model. What it returns comes back in ``Replay.seen``.
             activations: names of modules whose activations are wanted, as ``nn.Module.named_modules`` gives them;
                 ``*`` stands for anything.
