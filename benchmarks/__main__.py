@@ -26,6 +26,7 @@ NAMES = (
     "membership",
     "recovery",
     "goodput",
+    "mixed",
     "checkpoints",
 )  # as on the page
 
