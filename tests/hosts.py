@@ -165,7 +165,7 @@ class Host:
         self.name, self.address, self.card = name, f"{NETWORK}{number}", f"host{number}"
         self.loss_to = self.loss_from = 0
         self.tmp = site.folder / name / "tmp"
-        self._site, self._number = site, number
+        self.site, self._number = site, number
         self._holder: subprocess.Popen[bytes] | None = None
         self._commands: list[subprocess.Popen[Any]] = []
         self._cable: subprocess.Popen[bytes] | None = None
@@ -185,7 +185,7 @@ class Host:
         if self._holder.stdout.readline() != b"ready\n":
             raise OSError(f"{self.name} could not be made: its shell says why above")
         self._first = next(pid for pid in self.pids() if _number_inside(pid) == 1)
-        site, inside = self._site, ["nsenter", f"--net=/proc/{self._first}/ns/net", "ip"]
+        site, inside = self.site, ["nsenter", f"--net=/proc/{self._first}/ns/net", "ip"]
         site.run("ip", "link", "add", self.card, "type", "veth", "peer", "name", "eth0", "netns", str(self._first))
         site.run("ip", "link", "set", self.card, "master", "bridge", "up")
         _run(*inside, "address", "add", f"{self.address}/24", "dev", "eth0")
@@ -196,7 +196,7 @@ class Host:
 
     def _furnish(self) -> list[str]:
         """Commands that give a host files of its own."""
-        site, files = self._site, self._site.folder / self.name
+        site, files = self.site, self.site.folder / self.name
         for name in ("passwd", "shadow"):
             (files / name).write_text(re.sub("^root:.*", ROOT_IS[name], Path("/etc", name).read_text(), flags=re.M))
         (files / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
@@ -214,7 +214,7 @@ class Host:
 
     def _start_sshd(self) -> None:
         """Let in whoever has the site's key."""
-        folder = self._site.folder
+        folder = self.site.folder
         (self.tmp / "home" / ".ssh").mkdir()
         shutil.copy(folder / "key.pub", self.tmp / "home" / ".ssh" / "authorized_keys")
         options = {
@@ -297,7 +297,7 @@ class Host:
     def lose(self, to: int = 0, back: int = 0) -> None:
         """Have so many percent of the frames to the host and from it get lost, from now on; 0 mends the cable."""
         self.loss_to, self.loss_from = to, back
-        self._site.filter()
+        self.site.filter()
 
     def cut(self) -> None:
         """Have nothing come to the host or from it. Nobody is told: the cards see a cable."""
@@ -309,9 +309,16 @@ class Host:
 
     def delay(self, seconds: float) -> None:
         """Have the way to the host and back take so much longer from now on, half of it each way."""
-        site, number = self._site, self._number
-        private, near, far = f"long{number}", f"near{number}", f"far{number}"
-        site.run("ip", "link", "add", private, "type", "bridge")
+        site, private = self.site, f"long{self._number}"
+        near, far = f"near{self._number}", f"far{self._number}"
+        if self._cable is not None:
+            site.run("ip", "link", "set", self.card, "master", "bridge")
+            site.run("ip", "link", "delete", private)
+            _end(self._cable)
+            self._cable = None
+        if not seconds:
+            return
+        site.run("ip", "link", "add", private, "up", "type", "bridge")
         words = [sys.executable, str(Path(__file__).with_name("cable.py")), near, far, str(seconds / 2)]
         self._cable = subprocess.Popen([*site.enter(), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._cable.stdout is not None
@@ -319,7 +326,6 @@ class Host:
             pytest.skip("cables cannot be long here: this kernel has no TAP devices")
         for card, bridge in ((near, private), (far, "bridge"), (self.card, private)):
             site.run("ip", "link", "set", card, "master", bridge, "up")
-        site.run("ip", "link", "set", private, "up")
 
 
 def _words(*words: object) -> str:

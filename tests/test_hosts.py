@@ -114,10 +114,11 @@ def test_a_frozen_host_does_nothing_and_goes_on_where_it_was(pair: Site) -> None
 
 
 def test_a_long_cable_takes_its_time(pair: Site) -> None:
-    pair["two"].delay(0.1)
-    _, answered, longest = ask(pair, seconds=10)
-    assert answered == 3
-    assert longest >= 0.1
+    for seconds in (0.1, 0.2, 0):
+        pair["two"].delay(seconds)
+        _, answered, longest = ask(pair, seconds=10)
+        assert answered == 3
+        assert longest >= seconds
 
 
 def test_hosts_end_with_the_process_that_made_them_even_when_it_is_killed(tmp_path: Path) -> None:
