@@ -1,10 +1,16 @@
 """What an agent's environment says about its connections."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayTaskError
 
+from ray_dnn.comm.listener import NoPortError
 from ray_dnn.errors import ConfigError
+from ray_dnn.fleet import Fleet
 from ray_dnn.network import AUTHORITY, CERTIFICATE, KEY, PORTS, USE_TLS, Network, TlsFiles
 
 examples = settings(deadline=None, derandomize=True, max_examples=50)
@@ -43,3 +49,12 @@ def test_tls_is_used_where_ray_uses_it(value: str) -> None:
 def test_tls_without_one_of_its_files_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=f"RAY_USE_TLS=1 needs {name}"):
         Network.of({USE_TLS: "1", **FILES, name: ""})
+
+
+def test_an_agent_that_finds_no_port_is_gone_and_the_run_goes_on() -> None:
+    told: list[tuple[str, str]] = []
+    owner = SimpleNamespace(on_lost=lambda replica, reason: told.append((replica, reason)))
+    fleet: Any = SimpleNamespace(_owner=owner)
+    cause = NoPortError("RAY_DNN_PORTS=20000-20001: all 2 ports are taken")
+    Fleet.broken(fleet, "agent-3", RayTaskError("open", "traceback", cause))  # type: ignore[arg-type]
+    assert told == [("agent-3", str(cause))]
