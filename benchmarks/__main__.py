@@ -25,6 +25,7 @@ NAMES = (
     "shuffle",
     "membership",
     "recovery",
+    "goodput",
     "checkpoints",
 )  # as on the page
 

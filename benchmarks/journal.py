@@ -109,14 +109,19 @@ class Journal:
                 raise NotRunError(f"{workers} workers did not come to {steps} steps in {limit_s:g} s")
             time.sleep(_POLL_S)
 
+    def members(self) -> list[int]:
+        """The pids of those that train together now."""
+        self.news()
+        newest = self.seen[-1]
+        return sorted({a.pid for a in self.seen[-3 * newest.workers :] if a.group == newest.group})
+
     def strike(self, name: str, turn: int, limit_s: float) -> Cost:
         """Send a signal to one of the workers that train now, and wait until there are as many as before.
 
         A stopped worker is killed once the others have gone on: else nobody would ever replace it.
         """
-        self.news()
+        pids = self.members()
         newest = self.seen[-1]
-        pids = sorted({a.pid for a in self.seen[-3 * newest.workers :] if a.group == newest.group})
         victim, when = pids[turn % len(pids)], time.time()
         os.kill(victim, getattr(signal, name))
         stopped, until = name == "SIGSTOP", time.monotonic() + limit_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
 
+_NODE = "ray.io/node-id"  # a label that Ray gives every node
 _THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
 
 
@@ -41,12 +42,16 @@ class Places:
 
 
 class Gang:
-    """Places for several agents, given all together or not at all."""
+    """Places for several agents, given all together or not at all, on other nodes than those to be avoided."""
 
-    def __init__(self, places: Places, size: int):
+    def __init__(self, places: Places, size: int, avoids: Collection[str] = ()):
         self._places = places
         self.size = size
-        selectors = [places.labels] * size if places.labels else None
+        self.avoids = frozenset(avoids)
+        labels = dict(places.labels or {})
+        if avoids:
+            labels.setdefault(_NODE, f"!in({','.join(sorted(avoids))})")
+        selectors = [labels] * size if labels else None
         self._group: PlacementGroup = placement_group(
             [dict(places.resources)] * size, strategy=places.strategy, bundle_label_selector=selectors
         )

@@ -28,12 +28,14 @@ from ray.train import CheckpointConfig
 
 from ray_dnn.admission import Admission
 from ray_dnn.agent import Command, Convicted, Failed, Job, Left, Stopped
+from ray_dnn.balance import Balance, Hopeless, Stragglers
 from ray_dnn.checkpoints import Checkpoints, Kept
 from ray_dnn.cluster import Places
 from ray_dnn.draining import LEAVE_S, Draining
 from ray_dnn.engine.reports import Report
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError, RayDnnError
 from ray_dnn.events import (
+    AgentsSlow,
     Decided,
     EventLog,
     GenerationFormed,
@@ -55,7 +57,7 @@ from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
 from ray_dnn.membership import Decision, Script, View, decide
-from ray_dnn.plan import Balance, Plan, lay
+from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
 from ray_dnn.resume import check_same
@@ -70,6 +72,7 @@ _WAITING_MAX_S = 60.0
 _FENCE_S = 15.0  # between two looks whether the run was started again
 _COMPLETE = "complete a checkpoint"  # a request of its own
 _SHORTLY_S = 0.1
+_SLOW_NODE_S = 600.0  # in which no agent is started where one was slow beyond sense
 _ENDING = "its node is going to end"
 _LAST_S = 25.0  # that the checkpoint of an interrupted run may take
 
@@ -190,7 +193,8 @@ class Driver:
         self._pending: dict[int, Command] = {}  # decisions that are not carried out
         self._commands: list[Request] = []  # what the user asked for, to be done at the next boundary
         self._setbacks = Setbacks(size.minimum, size.max_failures)
-        self._balance = Balance()
+        self._balance, self._stragglers = Balance(), Stragglers()
+        self._slow: set[str] = set()  # members that are to be replaced, for they are slow beyond sense
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -518,6 +522,7 @@ class Driver:
             starting=len(self._fleet.starting) + len(built) - len(ready),
             leaving=none if quickly else self._members_on(self._ending.__contains__),
             expiring=none if quickly else self._members_on(self._draining.is_draining),
+            slow=none if quickly else frozenset(r.name for r in self._members if r.name in self._slow),
             one_by_one=self._job.strategy.worker_state == "mirrored",
         )
 
@@ -607,7 +612,8 @@ class Driver:
         now.begin(self._founders, self._decided, tuple(self._pending.values()), finish)
         for replica in before:
             if replica not in members:
-                self._fleet.release(replica, "left as planned")
+                self._fleet.release(replica, "slow beyond sense" if replica.name in self._slow else "left as planned")
+        self._slow &= {r.name for r in members}
         now.poll(lambda: self._recorder.serial, self._record)
         if self._commands and not finish:
             self._decide_pause(self._commands[0].kind, "asked for by the user")
@@ -736,12 +742,26 @@ class Driver:
             self._look_at_speeds()
 
     def _look_at_speeds(self) -> None:
-        """Lay a new plan where members have become slower or faster than the present one was laid for."""
+        """Lay a new plan where members have become slower or faster than the present one was laid for; replace those
+        that are slow beyond sense."""
         if self._now is None or not self._running or self._recorder.generation != self._generation:
             return
-        wanted = self._balance.look(self._now.plan, self._recorder.speeds(self._members), time.monotonic())
+        now, plan, speeds = time.monotonic(), self._now.plan, self._recorder.speeds(self._members)
+        hopeless = self._stragglers.look(plan.workers, [r.name for r in self._members], speeds, now)
+        if hopeless is not None and not hopeless.names <= self._slow:
+            self._replace_slow(hopeless)
+        wanted = self._balance.look(plan, speeds, now)
         if wanted is not None:
             self._decide_pause("rebalance", wanted)
+
+    def _replace_slow(self, hopeless: Hopeless) -> None:
+        self._log.add(AgentsSlow(sorted(hopeless.names), hopeless.times))
+        self._slow |= hopeless.names
+        for replica in self._members:
+            if replica.name in hopeless.names:
+                for node in replica.nodes:
+                    self._fleet.avoid(node, _SLOW_NODE_S)
+        self._consider()
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):

@@ -162,6 +162,18 @@ class NodeDraining(Event):
 
 
 @dataclass(frozen=True)
+class AgentsSlow(Event):
+    """Some are so slow that the others are better off without them. ``times``: as fast would steps be."""
+
+    agents: list[str]
+    times: float
+
+    def text(self) -> str:
+        who = ", ".join(self.agents)
+        return f"{who} slow beyond sense: without, steps are {self.times:.1f} times as fast; replacements are asked for"
+
+
+@dataclass(frozen=True)
 class Paused(Event):
     generation: int
     step: int

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -118,7 +120,7 @@ class Fleet:
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
-        self._avoided: set[str] = set()  # nodes that are going to end
+        self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -139,7 +141,7 @@ class Fleet:
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
         size = self._job.replica_size
-        gang = Gang(self._places, count * size)
+        gang = Gang(self._places, count * size, self._bad)
         self._gangs.append(gang)
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
@@ -147,9 +149,9 @@ class Fleet:
 
     def replace(self, count: int, purpose: str) -> None:
         """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
-        # Of places on a node that is going to end, Ray makes others when it has ended.
-        ending = self._avoided & alive_nodes() if self._avoided else set()
-        for seats in [s for s in self._vacant if not s.nodes & ending][:count]:
+        # Of places on a node that has ended, Ray makes others.
+        avoided = self._bad
+        for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
@@ -157,9 +159,25 @@ class Fleet:
             # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
             self.ask(1, purpose)
 
-    def avoid(self, node: str) -> None:
-        """This node is going to end: start nobody there."""
-        self._avoided.add(node)
+    def avoid(self, node: str, seconds: float = math.inf) -> None:
+        """Start nobody on this node for so long."""
+        self._avoided[node] = max(time.monotonic() + seconds, self._avoided.get(node, 0.0))
+        if seconds < math.inf:  # of nodes that end Ray knows itself
+            self._ask_anew()
+            self._loop.later(seconds, self._ask_anew)
+
+    def _ask_anew(self) -> None:
+        """Nodes are to be avoided that were not when places were asked for, or the other way round."""
+        for replica in self.staged(Stage.ASKED):
+            if replica.seats.gang.avoids != self._bad:
+                self.release(replica, "asked for elsewhere")
+        self._owner.on_placed()
+
+    @property
+    def _bad(self) -> set[str]:
+        """The nodes that are there, and to be avoided now."""
+        bad = {node for node, until in self._avoided.items() if time.monotonic() < until}
+        return bad & alive_nodes() if bad else bad
 
     def _add(self, seats: Seats) -> Replica:
         number, size = next(self._numbers), self._job.replica_size

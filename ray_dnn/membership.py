@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class View:
         starting: asked for and not ready yet.
         leaving: members that must go, for their nodes end.
         expiring: members that should be replaced, for their nodes are going to end; they stay until then.
+        slow: members that the others are better off without: they go if enough are left, else they are replaced.
         one_by_one: whether no two may leave at once.
     """
 
@@ -31,6 +32,7 @@ class View:
     starting: int = 0
     leaving: frozenset[str] = frozenset()
     expiring: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
     one_by_one: bool = False
 
     @property
@@ -75,6 +77,7 @@ def decide(view: View) -> Decision:
     (then the newest go). Newcomers join in the order in which they became ready. A generation below the minimum is
     never formed, nor one of newcomers alone: somebody must hold the state.
     """
+    view = _without_slow(view)
     ending = view.leaving | view.expiring
     lasting = [m for m in view.members if m not in ending]
     places = max(0, view.wanted - len(lasting))  # for newcomers first, then for members that expire
@@ -100,6 +103,14 @@ def decide(view: View) -> Decision:
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
+
+
+def _without_slow(view: View) -> View:
+    """Slow members as such that must leave, or where too few would be left as such that should be replaced."""
+    staying = {*view.members} - view.leaving - view.slow
+    if staying and len(staying) + len(view.ready) >= view.minimum:
+        return replace(view, leaving=view.leaving | view.slow)
+    return replace(view, expiring=view.expiring | view.slow)
 
 
 def _going(view: View, lasting: list[str], spare: int) -> list[str]:

@@ -8,11 +8,6 @@ from itertools import pairwise
 
 from ray_dnn.tree import Node, cover
 
-_GAIN = 0.85  # of the time that a step takes now, at most, for a new plan to be laid
-_STEPS, _PAUSE_S = 100, 0.2  # in so many steps it must gain as much as the pause takes
-_SURE_STEPS, _SURE_S = 3, 2.0  # for which it must have been there
-_WAIT_MAX_S = 600.0
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,40 +80,3 @@ def sizes(bounds: Sequence[int]) -> list[int]:
 def step_s(bounds: Sequence[int], speeds: Sequence[float]) -> float:
     """Seconds that the slowest replica computes in a step."""
     return max(count / speed for count, speed in zip(sizes(bounds), speeds, strict=True))
-
-
-class Balance:
-    """Says when a plan should be laid anew, for replicas have become slower or faster than it was laid for.
-
-    That costs a pause. So the gain must be worth it, and must have been there for a while: speeds on shared machines
-    go up and down. Each time in a row it has to be there for twice as long.
-    """
-
-    def __init__(self) -> None:
-        self._since: float | None = None  # when the gain began to be there
-        self._steps = 0  # for which it has been there
-        self._wait_s = _SURE_S
-
-    def begin(self, changed: bool) -> None:
-        """A generation begins. ``changed``: whether its members are others than before."""
-        self._since = None
-        if changed:
-            self._wait_s = _SURE_S
-
-    def look(self, plan: Plan, speeds: Sequence[float], now: float) -> str | None:
-        """A step has been committed, with these speeds of late. Returns why a new plan is wanted, or None."""
-        better = lay(plan.number, plan.workers, speeds)
-        present, then = step_s(plan.bounds, speeds), step_s(better.bounds, speeds)
-        if then > _GAIN * present or (present - then) * _STEPS < _PAUSE_S:
-            self._since = None
-            return None
-        if self._since is None:
-            self._since, self._steps = now, 0
-        self._steps += 1
-        if self._steps < _SURE_STEPS or now - self._since < self._wait_s:
-            return None
-        self._since, self._wait_s = None, min(2 * self._wait_s, _WAIT_MAX_S)
-        return (
-            f"speeds have changed: {sizes(better.bounds)} virtual workers by agent would take {then / present:.0%} of "
-            "the time"
-        )

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks import pages, results
 from benchmarks.__main__ import NAMES
+from benchmarks.goodput import Times, Useful, goodput, useful_of
+from benchmarks.journal import Attempt
 from benchmarks.pairs import compare
 from benchmarks.tables import Claim, Table, bar, spread
 from benchmarks.turns import Gate, Turns
@@ -39,6 +41,26 @@ def table(name: str = "step", worse: bool = True) -> Table:
 
 def result(name: str = "step", machine: str = "small machine", worse: bool = True) -> results.Result:
     return results.Result(table(name, worse), machine, 0.1, "2026-01-02")
+
+
+# -- goodput ---------------------------------------------------------------------------------------------------------
+
+
+def test_goodput_is_the_rate_while_agents_die_against_the_rate_while_none_does() -> None:
+    calm = [Useful(float(t), 10 * t) for t in range(11)]
+    struck = [Useful(10.0 + t, 100 + 5 * t) for t in range(1, 21)]
+    calm_again = [Useful(30.0 + t, 200 + 10 * t) for t in range(1, 11)]
+    found = goodput("ours", [*calm, *struck, *calm_again], Times(0.0, 10.0, 30.0, 40.0))
+    assert (found.calm, found.struck, found.share) == (10, 5, 0.5)
+
+
+def test_rows_of_steps_done_again_or_dropped_are_not_useful() -> None:
+    def attempts(group: int, step: int, committed: bool = True) -> list[Attempt]:
+        return [Attempt(group * 100.0 + step, pid, group, step, committed, 2) for pid in (1, 2)]
+
+    first = attempts(1, 0) + attempts(1, 1) + attempts(1, 2, committed=False)
+    again = attempts(2, 1) + attempts(2, 2)
+    assert [u.rows for u in useful_of(first + again, 4)] == [4, 8, 12, 16, 16, 16, 16, 16, 20, 24]
 
 
 # -- ratios ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Nodes that are announced to end: several raylets on this machine, drained as a spot notice does it."""
+"""Nodes to get away from: announced to end, as a spot notice does it, or slow. Several raylets on this machine."""
 
 import subprocess
 import sys
@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import nodes
 from jobs_for_tests import assert_every_row_once, digest, loss, slowly, trainer
 from ray.train import FailureConfig, Result, RunConfig
 from test_nodes import processes_of
+from torch import nn
 
 from ray_dnn.events import (
+    AgentsSlow,
     AgentStarted,
     CheckpointWritten,
     Event,
@@ -123,6 +126,40 @@ def test_without_a_replacement_it_leaves_before_its_node_ends(cluster: Any, tmp_
     assert formed.time - draining.time < draining.left_s
     assert_as_undisturbed(result, tmp_path)
     for node in (first, second):
+        cluster.remove_node(node)
+
+
+def slow_on(node: str) -> Callable[..., torch.Tensor]:
+    """A loss that takes a long time on one node."""
+
+    def uneven(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        return slowly(0.3 if here == node else 0.003)(model, batch)
+
+    return uneven
+
+
+def test_an_agent_that_is_slow_beyond_sense_is_replaced_on_another_node(cluster: Any, tmp_path: Path) -> None:
+    there = [add(cluster) for _ in range(3)]
+    made = job(tmp_path, (2, 3))
+    uneven = replace(made.spec, loss=slow_on(there[0].node_id))
+    handle = replace(made, spec=uneven).start()
+
+    def gone(event: Any) -> bool:
+        return isinstance(event, GenerationFormed) and bool(event.left)
+
+    # The place that is free now is not taken, for it is on the slow node.
+    acts = [(grown(3), lambda: None), (gone, lambda: there.append(add(cluster))), (grown(3), handle.stop)]
+    result = follow(handle, *acts)
+    (slow,) = of(result, AgentsSlow)
+    (left,) = [e for e in of(result, GenerationFormed) if e.left]
+    assert left.left == slow.agents
+    assert len(left.agents) == 2  # at once, not when there was a replacement
+    assert not any(e.lost for e in of(result, GenerationFormed))
+    assert_as_undisturbed(result, tmp_path)
+    for node in there:
         cluster.remove_node(node)
 
 

@@ -14,6 +14,7 @@ LAYERS = {
     "events": 0,
     "config": 0,
     "plan": 1,
+    "balance": 1,
     "tree": 1,
     "membership": 1,
     "sampler": 1,

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ray_dnn.balance import Balance, Stragglers, beyond_sense
 from ray_dnn.comm.buckets import additions, cut, slice_bounds
 from ray_dnn.engine import codec
 from ray_dnn.engine.audit import state_sum
@@ -22,7 +23,7 @@ from ray_dnn.engine.transfer import roles
 from ray_dnn.engine.worker_states import holders, moves
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
 from ray_dnn.membership import Decision, View, decide
-from ray_dnn.plan import Balance, Plan, lay, step_s
+from ray_dnn.plan import Plan, lay, step_s
 from ray_dnn.sampler import (
     UNIT_ROWS,
     Counted,
@@ -153,6 +154,43 @@ def test_whatever_speeds_do_plans_change_more_and_more_rarely(
 def test_equal_agents_and_small_gains_change_nothing() -> None:
     assert len(rebalanced(10, [[1.0, 1.0, 1.05]] * 1000, 1.0)) == 1
     assert len(rebalanced(10, [[1e5, 1e5, 3e5]] * 1000, 1.0)) == 1  # a step takes microseconds
+
+
+def test_who_is_so_slow_that_others_are_better_off_without() -> None:
+    assert beyond_sense(8, [1.0, 1.0, 0.05, 1.0]) == ([2], pytest.approx(20 / 3))
+    assert beyond_sense(8, [0.05, 1.0, 0.06, 1.0])[0] == [0, 2]
+    assert beyond_sense(8, [1.0, 1.0, 0.3, 1.0])[0] == []  # three times slower: fewer virtual workers will do
+    assert beyond_sense(8, [1.0])[0] == []
+
+
+@examples
+@given(st.lists(st.sampled_from([0.01, 0.1, 0.4, 1.0, 1.3]) | st.floats(0.001, 10), min_size=1, max_size=9), st.data())
+def test_without_those_beyond_sense_a_step_takes_less_than_half(speeds: list[float], data: st.DataObject) -> None:
+    workers = data.draw(st.integers(len(speeds), 70))
+    slow, times = beyond_sense(workers, speeds)
+    others = [speed for index, speed in enumerate(speeds) if index not in slow]
+    present, without = (step_s(lay(0, workers, given).bounds, given) for given in (speeds, others))
+    assert others
+    assert times == pytest.approx(present / without)
+    assert all(1 / speeds[index] > 2 * without for index in slow)
+    if slow:
+        assert times > 2
+        assert max(speeds[index] for index in slow) < min(others)
+        assert beyond_sense(workers, others)[0] == []
+
+
+def test_stragglers_are_named_when_it_has_been_so_for_a_while_and_once() -> None:
+    stragglers, names, uneven = Stragglers(), ["a", "b", "c"], [1.0, 0.01, 1.0]
+    said = [stragglers.look(9, names, uneven, step * 1.0) for step in range(12)]
+    assert [found.names for found in said if found] == [frozenset("b")]
+    assert said[9] is not None
+    stragglers = Stragglers()
+    quick = [stragglers.look(9, names, uneven, step * 0.01) for step in range(200)]
+    assert not any(quick)  # for two seconds only
+    for step in range(40):  # another agent each time
+        speeds = [1.0, 1.0, 1.0]
+        speeds[step % 3] = 0.01
+        assert stragglers.look(9, names, speeds, 100.0 * step) is None
 
 
 @pytest.mark.parametrize("speeds", [[], [1.0] * 5, [1.0, 0.0], [1.0, float("nan")]])
@@ -356,12 +394,30 @@ def views(draw: st.DrawFn) -> View:
         starting=draw(st.integers(0, 6)),
         leaving=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
         expiring=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
+        slow=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
         one_by_one=draw(st.booleans()),
     )
 
 
+def told_apart(view: View) -> View:
+    """Slow members among those that must leave, where enough are left, or else among those that expire."""
+    staying = set(view.members) - view.leaving - view.slow
+    enough = staying and len(staying) + len(view.ready) >= view.minimum
+    slow = {"leaving": view.leaving | view.slow} if enough else {"expiring": view.expiring | view.slow}
+    return replace(view, slow=frozenset(), **slow)
+
+
 @examples
 @given(views())
+def test_slow_members_leave_if_enough_are_left_and_else_are_replaced(view: View) -> None:
+    decision = decide(view)
+    assert decision == decide(told_apart(view))
+    # Nobody is without work for their sake.
+    assert not decision.stop or decide(replace(view, slow=frozenset())).stop
+
+
+@examples
+@given(views().map(told_apart))
 def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> None:
     decision = decide(view)
     if decision.members is not None:
@@ -375,7 +431,7 @@ def test_a_generation_has_neither_too_few_members_nor_too_many(view: View) -> No
 
 
 @examples
-@given(views())
+@given(views().map(told_apart))
 def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
     decision = decide(view)
     if decision.members is None:
@@ -403,7 +459,7 @@ def test_members_stay_unless_they_must_go_or_are_too_many(view: View) -> None:
 
 
 @examples
-@given(views())
+@given(views().map(told_apart))
 def test_whoever_must_leave_leaves_in_time_or_the_state_is_written(view: View) -> None:
     """However long nobody else comes: it is stopped for those who cannot be done without, and the others are gone."""
     view = replace(view, starting=0)
