@@ -2,10 +2,15 @@
 
 import contextlib
 import random
+import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 from certificates import HOST, Pki, make_pki
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +19,7 @@ from ray_dnn.comm.introduction import Hello, call, greet
 from ray_dnn.comm.line import Line, LineLostError
 from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
 from ray_dnn.comm.tls import Connection, Tls
+from ray_dnn.network import AUTHORITY, CERTIFICATE, KEY, USE_TLS, Network, TlsFiles
 from tests.test_mesh import LIMIT_S, SECRET, start, together, views
 
 examples = settings(deadline=None, derandomize=True, max_examples=25)
@@ -29,13 +35,13 @@ def tls(pki: Pki) -> Tls:
     return Tls(pki.ours)
 
 
-def pair(tls: Tls, room: int = 65536) -> tuple[socket.socket, socket.socket]:
-    """Two ends of a connection that is introduced. ``room``: for bytes on their way."""
+def pair(tls: Tls, room: int = 65536, host: str = HOST) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection that is introduced. ``room``: for bytes on their way. ``host``: that is called."""
     one, other = socket.socketpair()
     for each in (one, other):
         each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         each.setblocking(False)
-    ends = tls.calling(one, HOST), tls.accepted(other)
+    ends = tls.calling(one, host), tls.accepted(other)
     sides = [call(ends[0], SECRET, Hello(0, 0, 1)), greet(ends[1], SECRET)]
     while sides:
         for side in list(sides):
@@ -151,3 +157,34 @@ def test_both_sides_speak_the_newest_version_and_show_certificates(tls: Tls) -> 
             assert isinstance(end, Connection)
             assert end.version() == "TLSv1.3"
             assert end.getpeercert()
+
+
+# -- what the documentation says to do ---------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "security.md").read_text()
+
+
+def test_the_commands_that_make_certificates_make_good_ones(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("the program openssl is not there")
+    script = "".join(re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    subprocess.run(["sh", "-eu"], input=script, text=True, cwd=tmp_path, check=True, capture_output=True)
+    for folder, address in [*[(f"192.168.1.1{n}", f"192.168.1.1{n}") for n in range(3)], ("tls", "10.0.1.200")]:
+        paths = [str(tmp_path / folder / name) for name in ("node.pem", "node.key", "authority.pem")]
+        for host in (address, "127.0.0.1", "localhost"):
+            for end in pair(Tls(TlsFiles(*paths)), host=host):
+                end.close()
+    assert (tmp_path / "tls" / "node.key").stat().st_mode & 0o077 == 0
+
+
+def test_the_lines_for_a_cluster_file_say_all_that_is_needed() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    lines = yaml.safe_load(text)
+    variables = dict(option.removeprefix("--env ").split("=") for option in lines["docker"]["run_options"])
+    assert variables.keys() == {USE_TLS, CERTIFICATE, KEY, AUTHORITY}
+    assert Network.of(variables).tls == TlsFiles(
+        *(f"/home/ray/tls/{n}" for n in ("node.pem", "node.key", "authority.pem"))
+    )
+    assert lines["file_mounts"] == {"/home/ray/tls": "./tls"}
+    cluster = yaml.safe_load((Path(__file__).parent.parent / "cluster.yaml").read_text())
+    assert lines.keys() <= cluster.keys()
