@@ -19,6 +19,7 @@ NAMES = (
     "step",
     "memory",
     "exchange",
+    "encryption",
     "driver",
     "start",
     "feed",

@@ -24,6 +24,7 @@ from torch import nn
 from ray_dnn.checkpoint import File, Manifest, Place
 from ray_dnn.comm.mesh import AbandonedError, Address, GarbledError, Listener, Mesh, PeerLostError
 from ray_dnn.comm.shared import SharedMemory
+from ray_dnn.comm.tls import Tls
 from ray_dnn.config import Audit, TrainConfig, TrainSpec
 from ray_dnn.engine import codec, numerics
 from ray_dnn.engine.audit import ConvictedError
@@ -45,6 +46,7 @@ from ray_dnn.feed.collate import default_collate
 from ray_dnn.feed.supply import News, Supply
 from ray_dnn.identity import Identity, of_state
 from ray_dnn.marks import Marks
+from ray_dnn.network import Network
 from ray_dnn.parallel import ReplicaGroup, set_current_group
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
@@ -284,7 +286,8 @@ class Agent:
         self.marks.enter(Phase.STARTING)
         host = ray.util.get_node_ip_address()
         self._secret = secret
-        self._listener = Listener(host, secret)
+        network = Network.of(os.environ)
+        self._listener = Listener(host, secret, Tls(network.tls) if network.tls else None, network.ports)
         node_id = ray.get_runtime_context().get_node_id()
         return Hello(self._listener.address, socket.gethostname(), os.getpid(), node_id, own_start(), self._memory.fd)
 
@@ -308,7 +311,7 @@ class Agent:
                 return "it has been told to take part"
             if self._follower is not None:
                 self._follower.cut()
-            follower = self._follower = Follower(self.engine, leader, self._secret)
+            follower = self._follower = Follower(self.engine, leader, self._secret, self._listener.tls)
             self._thread.submit(follower.run)
         return follower.outcome.result()
 

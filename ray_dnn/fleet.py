@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
 from ray_dnn.cluster import Gang, Places, alive_nodes, room
+from ray_dnn.comm.listener import NoPortError
 from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.guard import Guard
@@ -287,6 +288,8 @@ class Fleet:
                     )
                 ),
             )
+        elif isinstance(error, RayTaskError) and isinstance(error.cause, NoPortError):
+            self._owner.on_lost(replica, str(error.cause))
         elif isinstance(error, RayTaskError):
             self._owner.on_failed(replica, Failed(error.cause if isinstance(error.cause, Exception) else error))
         else:

@@ -12,6 +12,7 @@ from ray_dnn.cluster import Places
 from ray_dnn.config import TrainConfig
 from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
+from ray_dnn.network import PORTS, Network
 from ray_dnn.strategies import Strategy
 
 _FAILURE_FIELDS = (
@@ -150,6 +151,7 @@ def _runtime_env(given: RunConfig, config: TrainConfig) -> dict[str, Any]:
     run: Any = given
     runtime_env = dict(run.worker_runtime_env or {})
     variables = dict(runtime_env.get("env_vars", {}))
+    Network.of({PORTS: variables.get(PORTS, "")})
     needed = environment(config)
     for name in set(variables) & set(needed):
         if variables[name] != needed[name]:

@@ -109,7 +109,8 @@ def digest(result: Result) -> str:
     return str(result.metrics["weights_digest"])
 
 
-def assert_every_row_once(result: Result, epochs: int = 2) -> None:
-    ledger = read_ledger(result.path)
+def assert_every_row_once(result: Result | str, epochs: int = 2) -> None:
+    """``result``: of a run, or the path of its folder."""
+    ledger = read_ledger(result if isinstance(result, str) else result.path)
     for epoch in range(epochs):
         assert ledger.counts(epoch).tolist() == [1] * ROWS

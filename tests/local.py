@@ -39,8 +39,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ray_dnn.comm.introduction import Address
 from ray_dnn.comm.line import Line
-from ray_dnn.comm.listener import AbandonedError, Address, Listener, PeerLostError
+from ray_dnn.comm.listener import AbandonedError, Listener, PeerLostError
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.comm.shared import SharedMemory
 from ray_dnn.config import Audit, TrainConfig, TrainSpec

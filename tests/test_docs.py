@@ -29,6 +29,7 @@ from ray_dnn.cli import app
 from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
 from ray_dnn.events import KINDS
+from ray_dnn.network import PORTS
 from ray_dnn.phases import Phase
 from ray_dnn.plan import lay, step_s
 
@@ -231,7 +232,7 @@ def test_every_event_error_and_variable_is_in_the_tables() -> None:
     assert missing(list(KINDS), "docs/operations.md") == []
     kinds = [name for name, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
     assert missing(kinds, "docs/operations.md") == []
-    variables = [*environment(TrainConfig(batch_size=1, epochs=1, cpu_isa="avx2")), "RAY_DNN_LOG_LEVEL"]
+    variables = [*environment(TrainConfig(batch_size=1, epochs=1, cpu_isa="avx2")), "RAY_DNN_LOG_LEVEL", PORTS]
     assert missing(variables, "docs/operations.md") == []
     assert missing(list(environment(TrainConfig(batch_size=1, epochs=1))), "docs/guarantees.md") == []
 

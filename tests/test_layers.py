@@ -25,6 +25,7 @@ LAYERS = {
     "liveness": 1,
     "setbacks": 1,
     "identity": 1,
+    "network": 1,
     "engine": 2,
     "comm": 2,
     "strategies": 2,

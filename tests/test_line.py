@@ -1,6 +1,7 @@
 """A connection of its own: it ends when it should, and waits end when they should."""
 
 import contextlib
+import queue
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ray_dnn.comm.line import Line, LineLostError, dial
+from ray_dnn.comm.introduction import Address, socket_to
+from ray_dnn.comm.line import Line, LineLostError
 from ray_dnn.comm.listener import Listener
 from ray_dnn.engine import codec, stream
 from ray_dnn.engine.lead import START, Kind, Leader, Parcel
@@ -69,23 +71,52 @@ def test_every_use_ends_when_the_line_is_cut_or_closed_or_nothing_moves() -> Non
                 use()
 
 
+def dial(address: Address, secret: bytes = SECRET) -> Line:
+    line = Line(socket_to(address, None), patience_s=LIMIT_S)
+    try:
+        line.open(address, secret, 7)
+    except LineLostError:
+        line.close()
+        raise
+    return line
+
+
 def test_connections_of_a_served_channel_are_handed_over_whatever_the_generation() -> None:
-    taken: list[socket.socket] = []
+    taken: queue.Queue[socket.socket] = queue.Queue()
     listener = Listener("127.0.0.1", SECRET)
-    listener.serve(7, taken.append)
+    listener.serve(7, taken.put)
     listener.forget_before(9)
-    address = listener.address
-    with dial(address, SECRET, 7) as mine, dial(address, b"t" * 32, 7) as stranger:
-        mine.sendall(b"x")
-        assert stranger.recv(1) == b""  # cut off
-        while not taken:
-            pass
-        taken[0].settimeout(LIMIT_S)
-        assert taken[0].recv(1) == b"x"
+    mine = dial(listener.address)
+    theirs = Line(taken.get(timeout=LIMIT_S))
+    mine.send([memoryview(b"x")])
+    got = bytearray(1)
+    theirs.fill([memoryview(got)])
+    assert got == b"x"
+    mine.close()
+    theirs.close()
+    with pytest.raises(LineLostError, match=r"connecting failed: .* not a member"):
+        dial(listener.address, b"t" * 32)
     listener.close()
-    taken[0].close()
     with pytest.raises(LineLostError, match="connecting failed"):
-        dial(address, SECRET, 7)
+        dial(listener.address)
+    assert taken.empty()
+
+
+def test_connecting_to_whoever_says_nothing_ends_when_it_is_cut_or_takes_too_long() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = silent.getsockname()
+        line = Line(socket_to(address, None), patience_s=LIMIT_S)
+        opening = start(lambda: line.open(address, SECRET, 7))
+        accepted, _ = silent.accept()
+        line.cut()
+        with pytest.raises(LineLostError, match="was cut"):
+            opening.result(LIMIT_S)
+        line.close()
+        accepted.close()
+        line = Line(socket_to(address, None), patience_s=0.05)
+        with pytest.raises(LineLostError, match="no byte moved"):
+            line.open(address, SECRET, 7)
+        line.close()
 
 
 @pytest.mark.parametrize("sent", [0, 1, 2, 3])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ray_dnn.comm import buckets, exchange
 from ray_dnn.comm.exchange import TreeExchange
-from ray_dnn.comm.listener import _HELLO, _MAGIC, Listener
+from ray_dnn.comm.listener import Listener
 from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
 from ray_dnn.comm.shared import Links, SharedMemory
 from ray_dnn.plan import Plan
@@ -367,20 +367,6 @@ def form(generation: int, rank: int, at: list[Listener], timeout_s: float = LIMI
     return mesh
 
 
-def knock(listener: Listener, hello: bytes) -> socket.socket:
-    connection = socket.create_connection(listener.address, timeout=LIMIT_S)
-    connection.sendall(hello)
-    return connection
-
-
-def is_cut_off(connection: socket.socket) -> bool:
-    with connection:
-        try:
-            return connection.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-
 def test_members_form_a_mesh_whoever_comes_first() -> None:
     with listeners(3) as at:
         early = start(lambda: form(7, 2, at))
@@ -412,42 +398,6 @@ def test_generations_and_channels_do_not_mix() -> None:
             assert inbox == bytes([index, index])
         for mesh in (*high, *low):
             mesh.close()
-
-
-@pytest.mark.parametrize(
-    "hello",
-    [
-        _HELLO.pack(_MAGIC, b"w" * 32, 1, 0, 1),
-        _HELLO.pack(b"another!", SECRET, 1, 0, 1),
-        b"GET / HTTP/1.1\r\nHost: example\r\n\r\n" + b"\0" * 64,
-    ],
-    ids=["wrong_secret", "another_protocol", "http"],
-)
-def test_a_stranger_is_cut_off_and_takes_nobodys_place(hello: bytes) -> None:
-    with listeners(2) as at:
-        assert is_cut_off(knock(at[0], hello))
-        other = start(lambda: form(1, 1, at))
-        member = form(1, 0, at)
-        send(other.result(LIMIT_S), 0)
-        member.close()
-        other.result().close()
-
-
-def test_a_stranger_that_says_little_and_leaves_is_forgotten() -> None:
-    with listeners(2) as at:
-        knock(at[0], b"ray_dnn1").close()
-        other = start(lambda: form(1, 1, at))
-        form(1, 0, at).close()
-        other.result(LIMIT_S).close()
-
-
-def test_generations_gone_by_are_cut_off() -> None:
-    with listeners(1) as (listener,):
-        early = knock(listener, _HELLO.pack(_MAGIC, SECRET, 3, 0, 1))
-        listener.forget_before(5)
-        late = knock(listener, _HELLO.pack(_MAGIC, SECRET, 4, 0, 1))
-        assert is_cut_off(early)
-        assert is_cut_off(late)
 
 
 def test_a_member_that_never_comes_is_named_when_time_is_up() -> None:

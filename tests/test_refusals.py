@@ -76,6 +76,7 @@ def test_what_is_no_function_is_named(field: str) -> None:
         ({"patience": 5}, "patience=5"),
         ({"audit": "yes"}, "audit='yes'"),
         ({"run_config": RunConfig(worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "4"}})}, "OMP_NUM_THREADS='4'"),
+        ({"run_config": RunConfig(worker_runtime_env={"env_vars": {"RAY_DNN_PORTS": "80"}})}, "RAY_DNN_PORTS='80'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ray_dnn.comm.listener import Address, Hello, introduction
+from ray_dnn.comm.introduction import Address, Hello, introduce
+from ray_dnn.comm.tls import buffered
 from ray_dnn.errors import RayDnnError
 
-_CONNECT_S = 2.0
 _PATIENCE_S = 5.0
 
 
@@ -46,6 +46,18 @@ class Line:
         self._cut = False  # whether `cut` was called; never false again
         self._interrupted = False  # whether `interrupt` was called; never false again
 
+    def open(self, address: Address, secret: bytes, channel: int) -> None:
+        """Connect to an agent's listener, for a channel that it serves.
+
+        Raises:
+            LineLostError: it cannot be reached, or is not a member of this job.
+        """
+        try:
+            for event in introduce(self._connection, address, secret, Hello(0, channel, 0)):
+                self._wait(event)
+        except OSError as error:
+            raise LineLostError(f"connecting failed: {error}") from error
+
     def send(self, pieces: Sequence[memoryview]) -> None:
         """Send all of these.
 
@@ -70,7 +82,7 @@ class Line:
 
     def wait(self) -> bool:
         """Wait until something has arrived. False where nothing has, and `interrupt` was called."""
-        return self._wait(select.POLLIN, interruptible=True)
+        return buffered(self._connection) > 0 or self._wait(select.POLLIN, interruptible=True)
 
     def _move(self, call: Callable[[memoryview], int], piece: memoryview, event: int) -> int:
         if self._cut:
@@ -132,17 +144,3 @@ class Line:
             self._connection.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
-
-
-def dial(address: Address, secret: bytes, channel: int) -> socket.socket:
-    """Connect to an agent's listener, for a channel that it serves.
-
-    Raises:
-        LineLostError: it cannot be reached.
-    """
-    try:
-        connection = socket.create_connection(address, _CONNECT_S)
-        connection.sendall(introduction(secret, Hello(0, channel, 0)))
-    except OSError as error:
-        raise LineLostError(f"connecting failed: {error}") from error
-    return connection

@@ -3,9 +3,9 @@
 Theory of operation
 -------------------
 Every agent has one `Listener` for its whole life; its address travels to the others over Ray. For each generation
-every two members open one connection: the higher rank connects, and introduces itself with the job's secret, the
-generation, the channel and its rank. The listener's thread sorts accepted connections by that introduction, so they may
-arrive before their owner knows of the generation; connections of generations gone by are closed.
+every two members open one connection: the higher rank connects, and introduces itself with the generation, the channel
+and its rank (see `ray_dnn.comm.introduction`). The listener's thread sorts accepted connections by what they say, so
+they may arrive before their owner knows of the generation; connections of generations gone by are closed.
 
 `Mesh.exchange` then moves bytes: for each peer a list of buffers to send and a list of buffers to fill, in the same
 order on both sides. It is a poll loop in the calling thread. Nothing else ever reads these sockets, which gives three
@@ -19,7 +19,6 @@ properties that process groups lack:
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
@@ -29,15 +28,8 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
-from ray_dnn.comm.listener import (
-    AbandonedError,
-    Address,
-    GarbledError,
-    Hello,
-    Listener,
-    PeerLostError,
-    introduction,
-)
+from ray_dnn.comm.introduction import Address, Hello, Steps, introduce, socket_to
+from ray_dnn.comm.listener import AbandonedError, GarbledError, Listener, PeerLostError
 from ray_dnn.errors import ProtocolError
 
 __all__ = ["AbandonedError", "Address", "GarbledError", "Hello", "Listener", "Mesh", "PeerLostError"]
@@ -96,39 +88,51 @@ class Mesh:
         deadline = time.monotonic() + timeout_s
         listener.forget_before(self.generation)
         self._listener = listener
-        self._connect(introduction(secret, Hello(self.generation, self.channel, self.rank)), addresses, deadline)
+        hello = Hello(self.generation, self.channel, self.rank)
+        introductions: dict[int, tuple[int, Steps[None]]] = {}  # descriptor -> peer, and what is still to be done
+        for peer in range(self.rank):
+            connection = socket_to(addresses[peer], listener.tls)
+            self._adopt(peer, connection)
+            introductions[connection.fileno()] = peer, introduce(connection, addresses[peer], secret, hello)
+        self._introduce(introductions, deadline)
         for peer in range(self.rank + 1, self.size):
             hello = Hello(self.generation, self.channel, peer)
             self.attach(peer, listener.take(hello, deadline, self._abandoned))
 
-    def _connect(self, hello: bytes, addresses: Sequence[Address], deadline: float) -> None:
+    def _introduce(self, introductions: dict[int, tuple[int, Steps[None]]], deadline: float) -> None:
         """Connect to all lower ranks at once, and introduce this member."""
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
-        waiting: dict[int, int] = {}  # descriptor -> peer
-        for peer in range(self.rank):
-            connection = socket.socket(socket.AF_INET6 if ":" in addresses[peer][0] else socket.AF_INET)
-            self.attach(peer, connection)
-            error = connection.connect_ex(addresses[peer])
-            if error not in (0, errno.EINPROGRESS):  # else how it went shows when it becomes writable
-                raise PeerLostError(peer, f"connecting failed: {os.strerror(error)}", self.channel)
-            poller.register(connection, select.POLLOUT)
-            waiting[connection.fileno()] = peer
-        while waiting:
-            ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not ready:
-                raise PeerLostError(next(iter(waiting.values())), "connecting took too long", self.channel)
-            for descriptor, _ in ready:
-                if descriptor == self._wake_read:
-                    raise self._abandonment()
-                peer = waiting.pop(descriptor)
-                poller.unregister(descriptor)
-                if error := self._peers[peer].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    raise PeerLostError(peer, f"connecting failed: {os.strerror(error)}", self.channel)
+        ready = list(introductions)
+        for descriptor in introductions:
+            poller.register(descriptor, 0)
+        while True:
+            for descriptor in ready:
+                peer, steps = introductions[descriptor]
                 try:
-                    self._peers[peer].sendall(hello)  # a fresh socket has room for it
-                except OSError as refused:
-                    raise PeerLostError(peer, f"connecting failed: {refused}", self.channel) from refused
+                    poller.modify(descriptor, next(steps))
+                except StopIteration:
+                    del introductions[descriptor]
+                    poller.unregister(descriptor)
+                except OSError as error:
+                    raise PeerLostError(peer, f"connecting failed: {error}", self.channel) from error
+            if not introductions:
+                return
+            ready = self._next_to_introduce(poller, [peer for peer, _ in introductions.values()], deadline)
+
+    def _next_to_introduce(self, poller: select.poll, peers: list[int], deadline: float) -> list[int]:
+        """The descriptors of those of whom something was heard."""
+        while True:
+            left_ms = (deadline - time.monotonic()) * 1000
+            if left_ms <= 0:
+                raise PeerLostError(peers[0], "connecting took too long", self.channel)
+            ready = [descriptor for descriptor, _ in poller.poll(min(left_ms, _WAITING_MS))]
+            if self._wake_read in ready:
+                raise self._abandonment()
+            if ready:
+                return ready
+            if self.waits is not None:
+                self.waits(peers)
 
     def _abandonment(self) -> AbandonedError:
         return AbandonedError(f"generation {self.generation} was abandoned")

@@ -35,8 +35,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 
-from ray_dnn.comm.line import Line, dial
-from ray_dnn.comm.listener import Address
+from ray_dnn.comm.introduction import Address, socket_to
+from ray_dnn.comm.line import Line
+from ray_dnn.comm.tls import Tls
 from ray_dnn.engine import codec, stream
 from ray_dnn.engine.lead import START, Kind
 from ray_dnn.engine.reports import Joined, Report, from_tree
@@ -58,13 +59,13 @@ class Follower:
         has_state: whether its state is one that a leader had: false before, and after anything went wrong.
     """
 
-    def __init__(self, engine: Engine, leader: Address, secret: bytes):
+    def __init__(self, engine: Engine, leader: Address, secret: bytes, tls: Tls | None = None):
         self.outcome: Future[str | None] = Future()
         self.reports: list[Report] = []
         self.has_state = False
         self._engine = engine
-        self._leader, self._secret = leader, secret
-        self._line: Line | None = None  # until it is connected
+        self._leader, self._secret, self._tls = leader, secret, tls
+        self._line: Line | None = None  # until it connects
         self._copied = False  # whether it has ever had a state
         self._stopped = False  # whether `stop` or `cut` was called
         self._lock = threading.Lock()  # guards the three above
@@ -125,12 +126,13 @@ class Follower:
             self._line.close()
 
     def _connect(self) -> Line:
-        connection = dial(self._leader, self._secret, CHANNEL)
+        line = Line(socket_to(self._leader, self._tls), self._engine.marks.moved)
         with self._lock:
-            self._line = Line(connection, self._engine.marks.moved)
+            self._line = line
             if self._stopped:
-                self._line.cut()
-            return self._line
+                line.cut()
+        line.open(self._leader, self._secret, CHANNEL)
+        return line
 
     def _say(self, how: str | None) -> None:
         """How it went, as far as it has not been said."""
