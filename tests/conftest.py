@@ -35,6 +35,7 @@ os.environ.pop("RAY_ADDRESS", None)
 # Files that take long, the longest first: begun last, one of them would run alone while the others have ended.
 LONG = (
     "test_faults",
+    "test_jobs",
     "test_checkpoints",
     "test_feed",
     "test_cluster",

@@ -24,9 +24,9 @@ from ray_dnn.events import AgentGone, AgentStarted, CheckpointWritten, Progress,
 from ray_dnn.testing import read_events, read_ledger
 
 ROOT = Path(__file__).parent.parent
-STEPS = 400
+STEPS = 200
 FLAGS = (
-    "--layers=1 --width=32 --context=32 --batch=8 --virtual-workers=4 --eval-bytes=4096 --sample=0 --name=run "
+    "--layers=1 --width=32 --context=32 --batch=8 --virtual-workers=4 --eval-bytes=8192 --sample=0 --name=run "
     f"--steps={STEPS}"
 ).split()
 # An evaluation after each step changes nothing but the time that the run takes: enough to stop it on the way.
@@ -182,6 +182,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_like_one_that_was_not(jo
     assert "was stopped" in said
     log, _ = first.communicate(timeout=60)
     assert "interrupted after" in log
+    assert "terminated gracefully" in supervisor()  # and was not killed after 3 seconds, as without MORE_TIME
     events = read_events(str(stopped / "run"))
     assert [e for e in events if isinstance(e, Progress)]
     (written,) = (e for e in events if isinstance(e, CheckpointWritten))
@@ -197,6 +198,12 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_like_one_that_was_not(jo
     assert digest(again) == digest(undisturbed)
     assert uses(stopped / "run") == uses(alone / "run")
     assert re.search(rf"^step {STEPS}/{STEPS}  epoch \d+  loss ", again, re.MULTILINE)  # plain lines, as on a console
+
+
+def supervisor() -> str:
+    """What Ray's processes say that started and stopped the jobs."""
+    logs = (Path(RAY_DIR) / "head" / "session_latest" / "logs").glob("worker-*.err")
+    return "".join(log.read_text() for log in logs)
 
 
 def assert_gone(pids: set[int]) -> None:
