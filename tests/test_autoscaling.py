@@ -47,6 +47,10 @@ CLUSTER = {
     "auth": {},
     "docker": {},
     "file_mounts": {},
+    "cluster_synced_files": [],
+    "file_mounts_sync_continuously": False,
+    "rsync_exclude": [],
+    "rsync_filter": [],
     **dict.fromkeys(COMMANDS, []),
     "head_node_type": "ray.head.default",
     "available_node_types": {
