@@ -25,6 +25,7 @@ NAMES = (
     "shuffle",
     "membership",
     "recovery",
+    "silence",
     "goodput",
     "checkpoints",
 )  # as on the page
