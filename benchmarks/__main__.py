@@ -26,6 +26,7 @@ NAMES = (
     "shuffle",
     "membership",
     "recovery",
+    "silence",
     "goodput",
     "mixed",
     "checkpoints",
