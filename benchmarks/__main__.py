@@ -27,6 +27,7 @@ NAMES = (
     "membership",
     "recovery",
     "goodput",
+    "mixed",
     "checkpoints",
 )  # as on the page
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
 
+# How the names of placement groups begin, for other runs to see: without the one a run cannot start.
+_MINIMUM, _GROWTH = "ray_dnn minimum", "ray_dnn growth"
 _NODE = "ray.io/node-id"  # a label that Ray gives every node
 _THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
 
@@ -42,9 +46,12 @@ class Places:
 
 
 class Gang:
-    """Places for several agents, given all together or not at all, on other nodes than those to be avoided."""
+    """Places for several agents, given all together or not at all, on other nodes than those to be avoided.
 
-    def __init__(self, places: Places, size: int, avoids: Collection[str] = ()):
+    ``minimum``: whether the run cannot start without them; other runs can see that (`waiting_minimums`).
+    """
+
+    def __init__(self, places: Places, size: int, avoids: Collection[str] = (), minimum: bool = False):
         self._places = places
         self.size = size
         self.avoids = frozenset(avoids)
@@ -53,7 +60,10 @@ class Gang:
             labels.setdefault(_NODE, f"!in({','.join(sorted(avoids))})")
         selectors = [labels] * size if labels else None
         self._group: PlacementGroup = placement_group(
-            [dict(places.resources)] * size, strategy=places.strategy, bundle_label_selector=selectors
+            [dict(places.resources)] * size,
+            strategy=places.strategy,
+            name=f"{_MINIMUM if minimum else _GROWTH} {secrets.token_hex(8)}",  # Ray wants each to be another one
+            bundle_label_selector=selectors,
         )
         self.ready = self._group.ready()  # a reference that resolves when the places are there
 
@@ -93,6 +103,24 @@ def room() -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
     shown = [key for key in ("CPU", "GPU") if total.get(key)]
     return ", ".join(f"{free.get(key, 0):g} of {total[key]:g} {key} free" for key in shown) or "no CPUs"
+
+
+def free() -> dict[str, float]:
+    """What the cluster has free."""
+    resources: dict[str, float] = ray.available_resources()
+    return resources
+
+
+def waiting_minimums() -> dict[str, dict[str, float]]:
+    """What runs need in all that cannot start, for the cluster has not enough free; by placement group."""
+    waiting = {}
+    for group, about in placement_group_table().items():
+        pending = about["state"] == "PENDING" and about["stats"]["scheduling_state"] != "INFEASIBLE"
+        if pending and about["name"].startswith(_MINIMUM):
+            needs = waiting[group] = Counter[str]()
+            for bundle in about["bundles"].values():
+                needs.update(bundle)
+    return {group: dict(needs) for group, needs in waiting.items()}
 
 
 def alive_nodes() -> set[str]:

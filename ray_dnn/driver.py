@@ -49,20 +49,21 @@ from ray_dnn.events import (
 from ray_dnn.feed.feed import Feed, Hears
 from ray_dnn.feed.source import Source
 from ray_dnn.feed.supply import News
-from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
+from ray_dnn.fleet import Fleet, Replica, Stage
 from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
 from ray_dnn.identity import Identity, of_agents
 from ray_dnn.ledger import LedgerHead
 from ray_dnn.liveness import Patience, Verdict
 from ray_dnn.loop import Loop
-from ray_dnn.membership import Decision, Script, View, decide
+from ray_dnn.membership import Decision, Resources, Script, View, decide, to_give_up
 from ray_dnn.plan import Plan, lay
 from ray_dnn.recorder import Recorder
 from ray_dnn.requests import Request, Requests
 from ray_dnn.resume import check_same
 from ray_dnn.sampler import rows_of_job
 from ray_dnn.setbacks import Setbacks
+from ray_dnn.sharing import Neighbours
 from ray_dnn.storage import RunFolder
 from ray_dnn.underway import Underway
 
@@ -164,6 +165,9 @@ class Driver:
         self._admission = Admission(log, job.config.deterministic)
         self._followings = Followings(self._loop, log, self._consider)
         self._draining = Draining(self._loop.post, self._on_draining)
+        self._neighbours = Neighbours(self._loop.post, self._on_neighbour)
+        self._each = {key: amount * job.replica_size for key, amount in places.resources.items()}  # of a replica
+        self._room_for: int | None = None  # replicas that may be there, for another run cannot start
         self._ending: set[str] = set()  # nodes that end so soon that nobody should be there
         head = LedgerHead(order, schedule, len(train.units), train.counts is not None, job.first_step)
         self._recorder = Recorder(job, folder, log, head)
@@ -202,6 +206,7 @@ class Driver:
         try:
             self._feed.start()
             self._draining.start()
+            self._neighbours.start()
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
             self._heartbeat()
             self._watch_fence()
@@ -363,6 +368,20 @@ class Driver:
         """How long before its node ends an agent leaves: it may have to finish a step, and to write a checkpoint."""
         return LEAVE_S + 2 * self._recorder.step_s
 
+    def _on_neighbour(self, needs: Resources | None, free: Resources) -> None:
+        """Another run cannot start: make room for it, if what is there beyond the minimum is enough."""
+        if needs is None:
+            self._room_for = None
+        elif self._room_for is None or len(self._members) <= self._room_for:  # those that were given up have left
+            surplus = len(self._members) - self._view().minimum
+            count = to_give_up(needs, free, self._each, surplus)
+            if count or self._room_for is None:  # and what is free is for that run
+                self._room_for = max(1, len(self._members)) - count
+                if count:
+                    room = f"makes room for it with {count} of its {len(self._members)} replicas"
+                    self._log.add(Waiting(f"another run cannot start: this one {room}"))
+        self._consider()
+
     def _members_on(self, is_one: Callable[[str], bool]) -> frozenset[str]:
         """Members with an agent on such a node."""
         return frozenset(r.name for r in self._members if any(map(is_one, r.nodes)))
@@ -516,7 +535,7 @@ class Driver:
             minimum=minimum,
             maximum=maximum,
             workers=self._job.config.virtual_workers,
-            target=maximum if quickly else target,
+            target=maximum if quickly else min(target, self._room_for or target),
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
             starting=len(self._fleet.starting) + len(built) - len(ready),
@@ -537,7 +556,7 @@ class Driver:
         for name in decision.dismiss:
             self._fleet.release(self._fleet.replicas[name], "not wanted any more")
         if decision.ask and not self._setbacks.wait_s(time.monotonic()):
-            self._fleet.replace(decision.ask, GROWTH)
+            self._fleet.grow(decision.ask)
         elif not decision.ask:
             self._fleet.tidy()
         if decision.stop and self._running:
@@ -795,6 +814,7 @@ class Driver:
         self.requests.close(self.outcome.error or RayDnnError("The run has ended."))
         try:
             self._draining.close()
+            self._neighbours.close()
             self._checkpoints.close()
             self._feed.close()
             self._guard.close()

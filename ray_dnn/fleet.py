@@ -24,7 +24,6 @@ from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
 
-GROWTH = "one more agent could join"
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
 _SLOW_START_S = 30.0
@@ -120,6 +119,7 @@ class Fleet:
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
+        self._told_growth = 0  # for how many replicas there was no place when the user was told
         self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
@@ -141,23 +141,46 @@ class Fleet:
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
         size = self._job.replica_size
-        gang = Gang(self._places, count * size, self._bad)
+        gang = self._gang(count, Gang(self._places, count * size, self._bad, minimum=True))
+        self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+
+    def _gang(self, count: int, gang: Gang) -> Gang:
+        """Have replicas started when their places are there."""
+        size = self._job.replica_size
         self._gangs.append(gang)
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
-        self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+        return gang
 
-    def replace(self, count: int, purpose: str) -> None:
-        """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
+    def grow(self, count: int) -> None:
+        """Start ``count`` replicas: in places that lost ones have left, and for the others ask the cluster.
+
+        Each of those is a request of its own, so an autoscaler starts machines for all of them at once, and whichever
+        cannot be met holds up none of the others.
+        """
         # Of places on a node that has ended, Ray makes others.
         avoided = self._bad
         for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
-        if count and not self.staged(Stage.ASKED):
-            # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
-            self.ask(1, purpose)
+        bad = self._bad
+        for _ in range(count):
+            self._gang(1, Gang(self._places, self._job.replica_size, bad))
+        if count:
+            self._told_growth = 0
+            self._loop.later(_WAITING_S, self._tell_growth)
+
+    def _tell_growth(self) -> None:
+        """Worth a word, not a nuisance: once for all that wait."""
+        count = len(self.staged(Stage.ASKED))
+        if count and count != self._told_growth:
+            self._told_growth = count
+            self._log.add(Waiting(f"{count} more could join, each with ({self._needs()}); the cluster has {room()}"))
+
+    def _needs(self) -> str:
+        """What an agent needs, in words."""
+        return ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
 
     def avoid(self, node: str, seconds: float = math.inf) -> None:
         """Start nobody on this node for so long."""
@@ -189,10 +212,8 @@ class Fleet:
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
         if gang not in self._gangs or not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
             return
-        needs = ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
-        self._log.add(Waiting(f"{purpose}: {gang.size} times ({needs}), all at once; the cluster has {room()}"))
-        if purpose == GROWTH:
-            return  # worth a word, not a nuisance
+        needs = f"{gang.size} times ({self._needs()}), all at once"
+        self._log.add(Waiting(f"{purpose}: {needs}; the cluster has {room()}"))
         again = min(after * 2, _WAITING_MAX_S)
         self._loop.later(again, lambda: self._still_waiting(gang, purpose, again))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+Resources = Mapping[str, float]  # amounts by name, as Ray has them
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,21 @@ def _going(view: View, lasting: list[str], spare: int) -> list[str]:
         going = going[:1]
     everybody = len(going) == len(view.members)
     return going[:-1] if everybody and view.ready else going  # one stays until others have the state
+
+
+def to_give_up(needs: Resources, free: Resources, each: Resources, surplus: int) -> int:
+    """How many of ``surplus`` replicas to give up so that a run can start; 0 where that would not help.
+
+    Args:
+        needs: of that run.
+        free: in the cluster. Where that is enough and the run waits all the same, it lies scattered: one more will do.
+        each: what one replica holds.
+    """
+    lacking = {key: amount - free.get(key, 0.0) for key, amount in needs.items() if amount > free.get(key, 0.0)}
+    if any(not each.get(key) for key in lacking):
+        return 0
+    count = max((math.ceil(amount / each[key] - 1e-9) for key, amount in lacking.items()), default=1)
+    return count if count <= surplus else 0
 
 
 class Script:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import pandas as pd  # type: ignore[import-untyped]
 import ray
+import ray.util.client
 from ray.train import Checkpoint, CheckpointConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 
 from ray_dnn.agent import Begun, Job, Striker
@@ -157,6 +158,11 @@ class Trainer:
         """Look at all that can be known before anything is started."""
         if not ray.is_initialized():
             ray.init()
+        if ray.util.client.ray.is_connected():
+            raise ConfigError(
+                "Ray is connected through a Ray Client address (ray://…), through which Ray Data does not work. Run the"
+                " script on the cluster: ray job submit --address http://HEAD:8265 --working-dir . -- python SCRIPT"
+            )
         _show_log()
         sources = open_datasets(self.datasets)
         begun = self._begun()

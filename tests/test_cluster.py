@@ -184,6 +184,29 @@ def test_two_jobs_that_do_not_fit_together_run_one_after_the_other(tmp_path: Pat
     assert any("3 times (4 CPU)" in e.what and "free" in e.what for e in waits)
 
 
+def test_a_run_with_agents_to_spare_makes_room_for_another_that_cannot_start(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"epochs": None, "steps": 10**6}
+    handles = []
+    for name in "ab":
+        job = trainer(tmp_path / name, (1, 3), {"loss": slowly(0.002)}, endless)
+        job.scaling_config.resources_per_worker = {"CPU": 5}  # of 16
+        handles.append(job.start())
+        wanted = 3 if name == "a" else 1
+        formed = (len(e.agents) for e in handles[-1].events() if isinstance(e, GenerationFormed))
+        assert wanted in formed
+    for handle in handles:
+        handle.stop()
+    results = [handle.result() for handle in handles]
+    for number, result in enumerate(results):
+        assert result.metrics is not None
+        steps = endless | {"steps": result.metrics["steps"]}
+        alone = trainer(tmp_path / f"alone-{number}", 1, {"loss": loss}, steps).fit()
+        assert digest(result) == digest(alone)
+        assert not any(e.lost for e in read_events(result) if isinstance(e, GenerationFormed))
+    said = [e.what for e in read_events(results[0]) if isinstance(e, Waiting)]
+    assert "another run cannot start: this one makes room for it with 1 of its 3 replicas" in said
+
+
 # -- endings -----------------------------------------------------------------------------------------------------------
 
 

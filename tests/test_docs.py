@@ -124,6 +124,8 @@ def check_command(words: list[str]) -> None:
             mounted = re.findall(r"^  (~/\S+): \.$", (ROOT / "cluster.yaml").read_text(), re.MULTILINE)
             assert folder == f"cd {mounted[0]}"
             check_command(shlex.split(command))
+        case ["export", "RAY_AUTH_MODE=token"]:
+            pass
         case ["ray", *rest]:
             check_ray(ray_cli, rest)
         case _:

@@ -22,7 +22,7 @@ from ray_dnn.engine.step import Position
 from ray_dnn.engine.transfer import roles
 from ray_dnn.engine.worker_states import holders, moves
 from ray_dnn.errors import AgentLostError, ConfigError, ProtocolError
-from ray_dnn.membership import Decision, View, decide
+from ray_dnn.membership import Decision, View, decide, to_give_up
 from ray_dnn.plan import Plan, lay, step_s
 from ray_dnn.sampler import (
     UNIT_ROWS,
@@ -414,6 +414,20 @@ def test_slow_members_leave_if_enough_are_left_and_else_are_replaced(view: View)
     assert decision == decide(told_apart(view))
     # Nobody is without work for their sake.
     assert not decision.stop or decide(replace(view, slow=frozenset())).stop
+
+
+@examples
+@given(st.integers(1, 5), st.integers(0, 5), st.integers(1, 4), st.integers(-3, 9), st.floats(0.1, 3))
+def test_as_many_make_room_as_another_run_lacks_or_none(wanted, free, each, surplus, unit) -> None:
+    amounts = [{"CPU": unit * count} for count in (wanted, free, each)]
+    count = to_give_up(*amounts, surplus)
+    assert 0 <= count <= max(0, surplus)
+    if count:
+        assert free + count * each >= wanted or count == 1
+        assert free + (count - 1) * each < wanted or count == 1
+    elif surplus > 0:
+        assert free + surplus * each < wanted
+    assert to_give_up({"GPU": 1.0}, amounts[1], amounts[2], surplus) == 0
 
 
 @examples

@@ -29,6 +29,7 @@ import torch
 from ray_dnn.comm.mesh import Mesh, PeerLostError
 
 NOWHERE = -1  # instead of a descriptor: not in shared memory
+_NAME = "ray_dnn-vector"
 _TOKEN_BYTES = 16
 _IDENTITY = struct.Struct(f"!qq{_TOKEN_BYTES}s")  # pid, descriptor of the memfd with the token, token
 _NOBODY = _IDENTITY.pack(0, NOWHERE, bytes(_TOKEN_BYTES))
@@ -61,7 +62,7 @@ class SharedMemory:
         return tensor
 
     def _memfd(self, size: int) -> int:
-        descriptor = os.memfd_create("ray_dnn-vector", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._open.append(descriptor)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -80,15 +81,8 @@ class SharedMemory:
         """Try to read a peer's memory. What was mapped of it so far, by descriptor; None where it cannot be read."""
         pid, shown, token = _IDENTITY.unpack(identity)
         if token not in self._mapped:
-            try:
-                descriptor = os.open(f"/proc/{pid}/fd/{shown}", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
+            if _token(pid, shown) != token:
                 return None
-            try:
-                if os.pread(descriptor, _TOKEN_BYTES, 0) != token:
-                    return None  # another process of that number, on another machine
-            finally:
-                os.close(descriptor)
             self._mapped[token] = {}
         return self._mapped[token]
 
@@ -145,6 +139,25 @@ class Links:
         if descriptor not in mapped:
             mapped[descriptor] = _map(peer, self._pids[peer], descriptor, dtype)
         return mapped[descriptor]
+
+
+def _token(pid: int, descriptor: int) -> bytes | None:
+    """What is in the memfd that a process shows; None where it has none, or cannot be looked at.
+
+    A peer on another machine, or in another container, has a number that may be some other process's here, whose
+    descriptor may be anything: a pipe, a device. So it is opened only if it has the name of ours.
+    """
+    path = f"/proc/{pid}/fd/{descriptor}"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME} "):
+            return None
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.pread(opened, _TOKEN_BYTES, 0)
+    finally:
+        os.close(opened)
 
 
 def _map(peer: int, pid: int, descriptor: int, dtype: torch.dtype) -> torch.Tensor:
