@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 
 from ray_dnn.comm.introduction import Hello, call, greet
 from ray_dnn.comm.line import Line, LineLostError
-from ray_dnn.comm.mesh import AbandonedError, Mesh, PeerLostError
+from ray_dnn.comm.mesh import AbandonedError, GarbledError, Mesh, PeerLostError
 from ray_dnn.comm.tls import Connection, Tls
+from ray_dnn.faults import Corrupt, Partition
 from ray_dnn.network import AUTHORITY, CERTIFICATE, KEY, USE_TLS, Network, TlsFiles
 from tests.test_mesh import LIMIT_S, SECRET, start, together, views
 
@@ -124,6 +126,29 @@ def test_a_wait_ends_when_the_other_side_closes_or_the_generation_is_abandoned(t
         low.close()
         with pytest.raises(PeerLostError):
             high.exchange({0: [memoryview(bytes(10_000_000))]}, {})
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "silent"])
+def test_a_fault_can_cut_a_connection(tls: Tls, closed: bool) -> None:
+    room = memoryview(bytearray(10))
+    with connected(tls) as (low, high):
+        Partition("computing", closed=closed).strike(SimpleNamespace(mesh=low))  # type: ignore[arg-type]
+        waiting = [start(lambda m=m: m.exchange({}, {1 - m.rank: [room]})) for m in (low, high)]  # type: ignore[misc]
+        if not closed:
+            low.abandon()
+            high.abandon()
+        found = [type(each.exception(LIMIT_S)) for each in waiting]
+    assert found == [PeerLostError if closed else AbandonedError] * 2
+
+
+def test_a_fault_can_flip_a_bit_before_it_is_encrypted(tls: Tls) -> None:
+    with connected(tls) as (low, high):
+        low.checked = high.checked = True
+        Corrupt("computing", what="wire").strike(SimpleNamespace(mesh=low, engine=True))  # type: ignore[arg-type]
+        sending = start(lambda: low.exchange({1: [memoryview(bytes(300_000))]}, {}))
+        with pytest.raises(GarbledError):
+            high.exchange({}, {0: [memoryview(bytearray(300_000))]})
+        sending.result(LIMIT_S)
 
 
 def test_a_line_waits_for_nothing_that_has_arrived_with_something_else(tls: Tls) -> None:
