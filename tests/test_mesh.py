@@ -238,7 +238,7 @@ def test_a_process_of_the_same_number_elsewhere_is_not_taken_for_a_neighbour() -
     assert one.meet(struct.pack("!qq16s", pid, descriptor, bytes(reversed(token)))) is None
     assert one.meet(struct.pack("!qq16s", 2**22 + 1, descriptor, bytes(16))) is None
     for number in os.pipe():  # what that process has under the number may be anything, also what cannot be read
-        assert one.meet(struct.pack("!qq16s", pid, number, token)) is None
+        assert one.meet(struct.pack("!qq16s", pid, number, bytes(16))) is None
         os.close(number)
 
 

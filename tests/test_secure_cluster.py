@@ -39,7 +39,7 @@ def test_a_run_over_tls_with_a_death_on_the_way_gives_the_same_bits_and_lets_nob
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=270,
         check=False,
     )
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
