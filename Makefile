@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## Train a small language model; ARGS="--help" lists the options
 	@$(BIN)/python jobs/language_model.py $(ARGS)
 
-test: $(READY) ## Run the tests, two files at a time; ARGS go to pytest
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(READY) ## Run the tests, three files at a time; ARGS go to pytest
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff check
