@@ -47,7 +47,7 @@ from ray_dnn.events import (
 from ray_dnn.feed.feed import Feed, Hears
 from ray_dnn.feed.source import Source
 from ray_dnn.feed.supply import News
-from ray_dnn.fleet import GROWTH, Fleet, Replica, Stage
+from ray_dnn.fleet import Fleet, Replica, Stage
 from ray_dnn.following import Followings
 from ray_dnn.guard import Guard
 from ray_dnn.identity import Identity, of_agents
@@ -519,6 +519,7 @@ class Driver:
             leaving=none if quickly else self._members_on(self._ending.__contains__),
             expiring=none if quickly else self._members_on(self._draining.is_draining),
             one_by_one=self._job.strategy.worker_state == "mirrored",
+            careful=self._setbacks.careful,
         )
 
     def _consider(self) -> None:
@@ -532,7 +533,7 @@ class Driver:
         for name in decision.dismiss:
             self._fleet.release(self._fleet.replicas[name], "not wanted any more")
         if decision.ask and not self._setbacks.wait_s(time.monotonic()):
-            self._fleet.replace(decision.ask, GROWTH)
+            self._fleet.grow(decision.ask)
         elif not decision.ask:
             self._fleet.tidy()
         if decision.stop and self._running:

@@ -21,7 +21,6 @@ from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
 
-GROWTH = "one more agent could join"
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
 _SLOW_START_S = 30.0
@@ -116,8 +115,11 @@ class Fleet:
         self._job_ref = ray.put(job)
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
+        self._together: Gang | None = None  # of the replicas that the run starts with
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
         self._avoided: set[str] = set()  # nodes that are going to end
+        self._hinting = False  # whether a word about requests that are not met is due
+        self._hinted = 0  # of how many the last one was
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -126,8 +128,8 @@ class Fleet:
 
     @property
     def starting(self) -> list[Replica]:
-        """Replicas that were asked for and are not ready."""
-        return self.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)
+        """Replicas that were asked for and are not ready, those that are closest to it first."""
+        return [r for stage in (Stage.BUILDING, Stage.STARTING, Stage.ASKED) for r in self.staged(stage)]
 
     def replica_of(self, agent: str) -> Replica | None:
         """The replica that an agent belongs to; None where it is gone."""
@@ -137,24 +139,37 @@ class Fleet:
 
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
+        gang = self._together = self._request(count)
+        self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+
+    def _request(self, count: int) -> Gang:
         size = self._job.replica_size
         gang = Gang(self._places, count * size)
         self._gangs.append(gang)
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
-        self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+        return gang
 
-    def replace(self, count: int, purpose: str) -> None:
-        """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
+    def grow(self, count: int) -> None:
+        """Start up to ``count`` replicas in places that lost ones have left; ask for others beyond these.
+
+        Each is asked for by itself, so that an autoscaler starts nodes for all of them at once, and none for what
+        cannot be had. Nothing is asked for while the first ones wait: places that they need together
+        must not be taken one by one.
+        """
+        if any(r.seats.gang is self._together for r in self.staged(Stage.ASKED)):
+            return
         # Of places on a node that is going to end, Ray makes others when it has ended.
         ending = self._avoided & alive_nodes() if self._avoided else set()
         for seats in [s for s in self._vacant if not s.nodes & ending][:count]:
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
-        if count and not self.staged(Stage.ASKED):
-            # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
-            self.ask(1, purpose)
+        for _ in range(count):
+            self._request(1)
+        if count and not self._hinting:
+            self._hinting = True
+            self._loop.later(_WAITING_S, self._hint)
 
     def avoid(self, node: str) -> None:
         """This node is going to end: start nobody there."""
@@ -168,14 +183,25 @@ class Fleet:
         return replica
 
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
-        if gang not in self._gangs or not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
+        if not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
             return
-        needs = ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
-        self._log.add(Waiting(f"{purpose}: {gang.size} times ({needs}), all at once; the cluster has {room()}"))
-        if purpose == GROWTH:
-            return  # worth a word, not a nuisance
+        self._log.add(Waiting(f"{purpose}: {gang.size} times ({self._needs}), all at once; the cluster has {room()}"))
         again = min(after * 2, _WAITING_MAX_S)
         self._loop.later(again, lambda: self._still_waiting(gang, purpose, again))
+
+    def _hint(self) -> None:
+        """Say how many could join if there was room: worth a word, not a nuisance."""
+        self._hinting = False
+        count, size = len(self.staged(Stage.ASKED)), self._job.replica_size
+        if count not in (0, self._hinted):
+            more = f"{count * size} more agent{'s' if count * size > 1 else ''} could join"
+            self._log.add(Waiting(f"{more}, each with ({self._needs}); the cluster has {room()}"))
+        self._hinted = count
+
+    @property
+    def _needs(self) -> str:
+        """What one agent needs, in words."""
+        return ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
 
     def _placed(self, replicas: list[Replica], error: Exception | None) -> None:
         waiting = [r for r in replicas if r.stage is Stage.ASKED]  # the others were withdrawn meanwhile
