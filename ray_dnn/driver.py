@@ -543,6 +543,7 @@ class Driver:
             expiring=none if quickly else self._members_on(self._draining.is_draining),
             slow=none if quickly else frozenset(r.name for r in self._members if r.name in self._slow),
             one_by_one=self._job.strategy.worker_state == "mirrored",
+            careful=self._setbacks.careful,
         )
 
     def _consider(self) -> None:

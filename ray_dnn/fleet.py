@@ -118,9 +118,11 @@ class Fleet:
         self._job_ref = ray.put(job)
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
+        self._together: Gang | None = None  # of the replicas that the run starts with
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
-        self._told_growth = 0  # for how many replicas there was no place when the user was told
         self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
+        self._hinting = False  # whether a word about requests that are not met is due
+        self._hinted = 0  # of how many the last one was
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -129,8 +131,8 @@ class Fleet:
 
     @property
     def starting(self) -> list[Replica]:
-        """Replicas that were asked for and are not ready."""
-        return self.staged(Stage.ASKED, Stage.STARTING, Stage.BUILDING)
+        """Replicas that were asked for and are not ready, those that are closest to it first."""
+        return [r for stage in (Stage.BUILDING, Stage.STARTING, Stage.ASKED) for r in self.staged(stage)]
 
     def replica_of(self, agent: str) -> Replica | None:
         """The replica that an agent belongs to; None where it is gone."""
@@ -140,47 +142,37 @@ class Fleet:
 
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
-        size = self._job.replica_size
-        gang = self._gang(count, Gang(self._places, count * size, self._bad, minimum=True))
+        gang = self._together = self._request(count, minimum=True)
         self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
 
-    def _gang(self, count: int, gang: Gang) -> Gang:
-        """Have replicas started when their places are there."""
+    def _request(self, count: int, minimum: bool = False) -> Gang:
         size = self._job.replica_size
+        gang = Gang(self._places, count * size, self._bad, minimum)
         self._gangs.append(gang)
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
         return gang
 
     def grow(self, count: int) -> None:
-        """Start ``count`` replicas: in places that lost ones have left, and for the others ask the cluster.
+        """Start up to ``count`` replicas in places that lost ones have left; ask for others beyond these.
 
-        Each of those is a request of its own, so an autoscaler starts machines for all of them at once, and whichever
-        cannot be met holds up none of the others.
+        Each is asked for by itself, so that an autoscaler starts nodes for all of them at once, and none for what
+        cannot be had. Nothing is asked for while the first ones wait: places that they need together
+        must not be taken one by one.
         """
+        if any(r.seats.gang is self._together for r in self.staged(Stage.ASKED)):
+            return
         # Of places on a node that has ended, Ray makes others.
         avoided = self._bad
         for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
-        bad = self._bad
         for _ in range(count):
-            self._gang(1, Gang(self._places, self._job.replica_size, bad))
-        if count:
-            self._told_growth = 0
-            self._loop.later(_WAITING_S, self._tell_growth)
-
-    def _tell_growth(self) -> None:
-        """Worth a word, not a nuisance: once for all that wait."""
-        count = len(self.staged(Stage.ASKED))
-        if count and count != self._told_growth:
-            self._told_growth = count
-            self._log.add(Waiting(f"{count} more could join, each with ({self._needs()}); the cluster has {room()}"))
-
-    def _needs(self) -> str:
-        """What an agent needs, in words."""
-        return ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
+            self._request(1)
+        if count and not self._hinting:
+            self._hinting = True
+            self._loop.later(_WAITING_S, self._hint)
 
     def avoid(self, node: str, seconds: float = math.inf) -> None:
         """Start nobody on this node for so long."""
@@ -210,12 +202,25 @@ class Fleet:
         return replica
 
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
-        if gang not in self._gangs or not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
+        if not any(r.seats.gang is gang for r in self.staged(Stage.ASKED)):
             return
-        needs = f"{gang.size} times ({self._needs()}), all at once"
-        self._log.add(Waiting(f"{purpose}: {needs}; the cluster has {room()}"))
+        self._log.add(Waiting(f"{purpose}: {gang.size} times ({self._needs}), all at once; the cluster has {room()}"))
         again = min(after * 2, _WAITING_MAX_S)
         self._loop.later(again, lambda: self._still_waiting(gang, purpose, again))
+
+    def _hint(self) -> None:
+        """Say how many could join if there was room: worth a word, not a nuisance."""
+        self._hinting = False
+        count, size = len(self.staged(Stage.ASKED)), self._job.replica_size
+        if count not in (0, self._hinted):
+            more = f"{count * size} more agent{'s' if count * size > 1 else ''} could join"
+            self._log.add(Waiting(f"{more}, each with ({self._needs}); the cluster has {room()}"))
+        self._hinted = count
+
+    @property
+    def _needs(self) -> str:
+        """What one agent needs, in words."""
+        return ", ".join(f"{amount:g} {key}" for key, amount in self._places.resources.items())
 
     def _placed(self, replicas: list[Replica], error: Exception | None) -> None:
         waiting = [r for r in replicas if r.stage is Stage.ASKED]  # the others were withdrawn meanwhile

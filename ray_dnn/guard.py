@@ -28,6 +28,7 @@ _FADING = 0.98  # with every answer, of how slow earlier ones were
 _AGAIN_S = 1.0  # before a watcher that died is started again; then ever more rarely
 _AGAIN_MAX_S = 60.0
 _UNSEEN_S = 5.0  # before an agent that cannot be watched is worth a word; a dead one is gone by then
+_SPARE_S = 5.0  # that a watcher stays when there is nobody to watch: others may come
 _END_S = 5.0  # that the end of watchers is waited for
 _CALLS = 3  # at the same time in a watcher: one looks, the others are short
 
@@ -48,7 +49,7 @@ class _Agent:
 
 @dataclass
 class _Node:
-    """A node with agents on it, or one that had some: its watcher stays."""
+    """A node with agents on it, or one that had some."""
 
     node_id: str
     watcher: Any = None  # an actor; None where there is none at present
@@ -105,6 +106,8 @@ class Guard:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.node.watcher is not None:
             agent.node.watcher.forget.remote(name, agent.killed)
+            if not self._on(agent.node):
+                self._loop.later(_SPARE_S, lambda: self._spare(agent.node))
 
     def kill(self, name: str) -> None:
         """End an agent's process, also a stopped one; nothing happens where it is not watched."""
@@ -158,6 +161,12 @@ class Guard:
         if node.watcher is not None:
             ray.kill(node.watcher)
             node.watcher = None
+
+    def _spare(self, node: _Node) -> None:
+        """End a watcher that has nobody to watch: as long as it runs, no autoscaler takes the node away."""
+        if not self._on(node):
+            self._end(node)
+            node.looking = False
 
     def _on(self, node: _Node) -> list[_Agent]:
         return [agent for agent in self._agents.values() if agent.node is node]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 Resources = Mapping[str, float]  # amounts by name, as Ray has them
 
+_MOST_STARTING = 8  # at a time, or as many as there are members: the cluster may never have room for more
+
 
 @dataclass(frozen=True)
 class View:
@@ -24,6 +26,7 @@ class View:
         expiring: members that should be replaced, for their nodes are going to end; they stay until then.
         slow: members that the others are better off without: they go if enough are left, else they are replaced.
         one_by_one: whether no two may leave at once.
+        careful: whether newcomers are lost in a row, so that one is tried at a time.
     """
 
     minimum: int
@@ -37,6 +40,7 @@ class View:
     expiring: frozenset[str] = frozenset()
     slow: frozenset[str] = frozenset()
     one_by_one: bool = False
+    careful: bool = False
 
     @property
     def wanted(self) -> int:
@@ -85,7 +89,8 @@ def decide(view: View) -> Decision:
     lasting = [m for m in view.members if m not in ending]
     places = max(0, view.wanted - len(lasting))  # for newcomers first, then for members that expire
     lacking = places - len(view.ready) - view.starting
-    ask, withdraw = max(0, lacking), min(view.starting, max(0, -lacking))
+    most_starting = 1 if view.careful else max(_MOST_STARTING, len(view.members))
+    ask, withdraw = max(0, min(lacking, most_starting - view.starting)), min(view.starting, max(0, -lacking))
     dismiss = view.ready[places:]
     going = set(_going(view, lasting, max(0, places - len(view.ready))))
     staying = [m for m in view.members if m not in going]

@@ -86,6 +86,11 @@ class Setbacks:
             return None
         return f"{self._false_starts} agents in a row did not come to train. The last: {what}"
 
+    @property
+    def careful(self) -> bool:
+        """Whether newcomers are lost one after the other."""
+        return self._false_starts > 1
+
     def wait_s(self, now: float) -> float:
         """Seconds until the next newcomer should be asked for."""
         return max(0.0, max(self._not_before, self._undisturbed_until) - now)

@@ -396,6 +396,7 @@ def views(draw: st.DrawFn) -> View:
         expiring=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
         slow=frozenset(draw(st.sets(st.sampled_from(members)))) if members else frozenset(),
         one_by_one=draw(st.booleans()),
+        careful=draw(st.booleans()),
     )
 
 
@@ -515,6 +516,21 @@ def test_replacements_are_asked_for_when_it_is_known_that_members_expire() -> No
     assert (one.members, one.ask) == (("a", "b", "c", "e"), 0)
 
 
+@examples
+@given(views(), st.integers(1, 100))
+def test_all_that_are_lacking_are_asked_for_at_once_but_not_without_measure(view: View, more: int) -> None:
+    view = replace(view, careful=False, maximum=view.maximum + more, target=100, workers=100)
+    asked = decide(view).ask
+    lasting = len({*view.members} - view.leaving - view.expiring)
+    lacking = view.wanted - lasting - len(view.ready) - view.starting
+    assert asked == max(0, min(lacking, max(8, len(view.members)) - view.starting))
+    # None that comes makes the others be asked for again.
+    later = replace(view, starting=view.starting + asked)
+    assert decide(later).ask == 0
+    careful = decide(replace(view, careful=True))
+    assert careful.ask == (lacking > 0 and view.starting == 0)
+
+
 _numbers = itertools.count()
 
 
@@ -538,7 +554,8 @@ def after(view: View, decision: Decision) -> View:
 @examples
 @given(views())
 def test_carrying_decisions_out_leads_to_the_wanted_number_and_rest(view: View) -> None:
-    for _ in range(3 + 2 * view.one_by_one * len(view.members)):  # one asks for a replacement, one brings it in
+    careful, one_by_one = view.careful * view.wanted, view.one_by_one * len(view.members)
+    for _ in range(4 + careful + 2 * one_by_one):  # one asks for a replacement, one brings it in
         view = after(view, decide(view))
     decision = decide(view)
     if decision.stop:  # nobody can take the state over beside the only agent that there can be
