@@ -198,7 +198,7 @@ def lose_gcs(cluster: Cluster, name: str, lost: Lost) -> tuple[int, str]:
 def differing(cluster: Cluster, outcomes: dict[str, tuple[int, str]]) -> list[str]:
     """The runs that did not learn and use what an undisturbed one does."""
     folder, steps = cluster.site.folder / "runs", [steps for steps, _ in outcomes.values()]
-    job(cluster.head, folder, "alone", 1, *steps).wait(ROUNDS * WAIT_S)
+    job(cluster, folder, "alone", 1, *steps).wait(ROUNDS * WAIT_S)
     right = json.loads((folder / "alone.json").read_text())
     return [
         name

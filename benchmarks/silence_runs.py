@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from benchmarks.soak_report import lines
 from ray_dnn.events import AgentStarted, Event, GenerationFormed
 from ray_dnn.testing import read_events, read_ledger
-from tests.hosts import ROOT, Host, Site, wait_for
+from tests.hosts import ROOT, Site, wait_for
 
 NAMES = ("head", "one", "two")
 PORT = 6379
-# As in cluster.yaml.
 VARIABLES = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_grpc_client_keepalive_time_ms": "1000",
-    "RAY_grpc_client_keepalive_timeout_ms": "2000",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     "RAY_prestart_worker_first_driver": "0",
     "PYTHONPATH": str(ROOT),
 }
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
 WAIT_S = 120.0  # for anything
+
+
+def settings() -> tuple[dict[str, str], str]:
+    """What cluster.yaml has every process see, but for the token; and the option of its head that sets up Ray."""
+    file = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    variables = dict(
+        option.removeprefix("--env ").split("=") for option in file["docker"]["run_options"] if "RAY_" in option
+    )
+    words = [word for command in file["head_start_ray_commands"] for word in shlex.split(command)]
+    (system_config,) = (word for word in words if word.startswith("--system-config="))
+    return variables | {"RAY_AUTH_MODE": "disabled"} | VARIABLES, system_config
 
 
 class Cluster:
@@ -38,16 +43,16 @@ class Cluster:
     def __init__(self, site: Site):
         self.site = site
         self.head = site[NAMES[0]]
+        self.variables, self._system_config = settings()
 
     def start(self, name: str) -> None:
         """Start Ray on a host."""
         words = ["ray", "start", "--num-cpus=1", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats"]
         if name == self.head.name:
-            words += ["--head", f"--port={PORT}", "--include-dashboard=false"]
-            words += [f"--system-config={json.dumps(HEALTH_CHECKS)}"]
+            words += ["--head", f"--port={PORT}", "--include-dashboard=false", self._system_config]
         else:
             words += [f"--address={self.head.address}:{PORT}"]
-        self.site[name].run(*words, env=VARIABLES, timeout=WAIT_S)
+        self.site[name].run(*words, env=self.variables, timeout=WAIT_S)
 
     def complete(self) -> None:
         """Have Ray run on every host, where it has ended."""
@@ -65,21 +70,19 @@ class Run:
         self.folder.mkdir(exist_ok=True)
         self.path, self._told = self.folder / name, self.folder / f"{name}.stop"
         self._told.unlink(missing_ok=True)
-        self.driver = job(cluster.head, self.folder, name, len(NAMES))
+        self.driver = job(cluster, self.folder, name, len(NAMES))
 
     def events(self, since: float = 0.0) -> list[Event]:
         """What is in the event log now."""
-        found = read_events(str(self.path)) if list(self.path.glob("events-*")) else []
-        return [event for event in found if event.time >= since]
+        return [event for event in events(self.path) if event.time >= since]
 
     def hosts(self) -> dict[str, str]:
         """Where each agent is or was, by name."""
-        return {e.agent: e.host for e in self.events() if isinstance(e, AgentStarted)}
+        return hosts(self.events())
 
     def where(self) -> list[str]:
         """The hosts of those who take part now."""
-        hosts, formed = self.hosts(), [e for e in self.events() if isinstance(e, GenerationFormed)]
-        return [hosts[agent] for agent in formed[-1].agents] if formed else []
+        return where(self.path)
 
     def steps(self) -> int:
         """How many are in the ledger."""
@@ -104,13 +107,30 @@ class Run:
         return steps, digest
 
 
-def job(head: Host, folder: Path, name: str, agents: int, *steps: int) -> subprocess.Popen[str]:
+def job(cluster: Cluster, folder: Path, name: str, agents: int, *steps: int) -> subprocess.Popen[str]:
     """Start a driver (see `benchmarks.silence_job`)."""
     command = (sys.executable, "-m", "benchmarks.silence_job", str(folder), name, str(agents), *map(str, steps))
     with (folder / f"{name}.log").open("a") as log:
-        return head.popen(*command, env=VARIABLES, stdout=log, stderr=log)
+        return cluster.head.popen(*command, env=cluster.variables, stdout=log, stderr=log)
 
 
-def used(run: Path) -> list[tuple[object, ...]]:
+def events(run: Path) -> list[Event]:
+    """What is in a run's event log now."""
+    return read_events(str(run)) if list(run.glob("events-*")) else []
+
+
+def hosts(told: Sequence[Event]) -> dict[str, str]:
+    """Where each agent is or was, by name."""
+    return {e.agent: e.host for e in told if isinstance(e, AgentStarted)}
+
+
+def where(run: Path) -> list[str]:
+    """The hosts of those who take part in a run now."""
+    told = events(run)
+    formed = [e for e in told if isinstance(e, GenerationFormed)]
+    return [hosts(told)[agent] for agent in formed[-1].agents] if formed else []
+
+
+def used(run: Path) -> list[str]:
     """Of a run's ledger, what is to be the same in every run."""
-    return [(line.rows, line.digests, line.metrics, line.skipped) for line in read_ledger(str(run)).lines]
+    return lines(read_ledger(str(run)))

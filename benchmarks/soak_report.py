@@ -25,7 +25,7 @@ def difference(result: Result, reference: Result) -> str | None:
     if one != other:
         return f"weights {one[:16]} instead of {other[:16]}"
     mine, theirs = read_ledger(result), read_ledger(reference)
-    for step, (line, right) in enumerate(zip(_lines(mine), _lines(theirs), strict=False)):
+    for step, (line, right) in enumerate(zip(lines(mine), lines(theirs), strict=False)):
         if line != right:
             return f"ledger, step {step}: {line} instead of {right}"
     if len(mine.lines) != len(theirs.lines):
@@ -35,9 +35,9 @@ def difference(result: Result, reference: Result) -> str | None:
     return uneven(mine)
 
 
-def _lines(ledger: Ledger) -> list[str]:
+def lines(ledger: Ledger) -> list[str]:
     """What is to be the same in every run, by step."""
-    return [repr((line.rows, line.digests, line.metrics, line.skipped)) for line in ledger.lines]
+    return [repr((line.step, line.rows, line.digests, line.metrics, line.skipped)) for line in ledger.lines]
 
 
 def _evaluations(result: Result) -> Any:

@@ -53,8 +53,7 @@ class Gang:
 
     def __init__(self, places: Places, size: int, avoids: Collection[str] = (), minimum: bool = False):
         self._places = places
-        self.size = size
-        self.avoids = frozenset(avoids)
+        self.size, self.minimum, self.avoids = size, minimum, frozenset(avoids)
         labels = dict(places.labels or {})
         if avoids:
             labels.setdefault(_NODE, f"!in({','.join(sorted(avoids))})")

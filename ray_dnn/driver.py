@@ -206,7 +206,8 @@ class Driver:
         try:
             self._feed.start()
             self._draining.start()
-            self._neighbours.start()
+            if self._size.minimum < self._size.maximum:  # else there is nothing to give up
+                self._neighbours.start()
             self._fleet.ask(self._first_size(), "the run starts when its first agents have their places")
             self._heartbeat()
             self._watch_fence()
@@ -339,7 +340,7 @@ class Driver:
 
     def _on_draining(self, node: str, left: float | None) -> None:
         """A node is going to end, in so many seconds if that is known."""
-        self._fleet.avoid(node)
+        self._fleet.avoid([node])
         there = [r for r in self._fleet.replicas.values() if node in r.nodes]
         if not there and node != self._node:
             return
@@ -777,11 +778,8 @@ class Driver:
     def _replace_slow(self, hopeless: Hopeless) -> None:
         self._log.add(AgentsSlow(sorted(hopeless.names), hopeless.times))
         self._slow |= hopeless.names
-        for replica in self._members:
-            if replica.name in hopeless.names:
-                for node in replica.nodes:
-                    self._fleet.avoid(node, _SLOW_NODE_S)
-        self._consider()
+        slow = [replica for replica in self._members if replica.name in hopeless.names]
+        self._fleet.avoid({node for replica in slow for node in replica.nodes}, _SLOW_NODE_S)
 
     def _finish(self, stops: dict[tuple[str, int], Stopped]) -> None:
         for rank in range(self._job.replica_size):

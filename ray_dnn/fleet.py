@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -118,7 +118,6 @@ class Fleet:
         self._job_ref = ray.put(job)
         self._numbers = itertools.count(1)
         self._gangs: list[Gang] = []  # not given back yet
-        self._together: Gang | None = None  # of the replicas that the run starts with
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
         self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
         self._hinting = False  # whether a word about requests that are not met is due
@@ -142,12 +141,12 @@ class Fleet:
 
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
-        gang = self._together = self._request(count, minimum=True)
+        gang = self._request(count, self._bad(), minimum=True)
         self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
 
-    def _request(self, count: int, minimum: bool = False) -> Gang:
+    def _request(self, count: int, avoids: set[str], minimum: bool = False) -> Gang:
         size = self._job.replica_size
-        gang = Gang(self._places, count * size, self._bad, minimum)
+        gang = Gang(self._places, count * size, avoids, minimum)
         self._gangs.append(gang)
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
@@ -160,37 +159,38 @@ class Fleet:
         cannot be had. Nothing is asked for while the first ones wait: places that they need together
         must not be taken one by one.
         """
-        if any(r.seats.gang is self._together for r in self.staged(Stage.ASKED)):
+        if any(r.seats.gang.minimum for r in self.staged(Stage.ASKED)):
             return
         # Of places on a node that has ended, Ray makes others.
-        avoided = self._bad
+        avoided = self._bad()
         for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
         for _ in range(count):
-            self._request(1)
+            self._request(1, avoided)
         if count and not self._hinting:
             self._hinting = True
             self._loop.later(_WAITING_S, self._hint)
 
-    def avoid(self, node: str, seconds: float = math.inf) -> None:
-        """Start nobody on this node for so long."""
-        self._avoided[node] = max(time.monotonic() + seconds, self._avoided.get(node, 0.0))
+    def avoid(self, nodes: Iterable[str], seconds: float = math.inf) -> None:
+        """Start nobody on these nodes for so long."""
+        until = time.monotonic() + seconds
+        self._avoided |= {node: max(until, self._avoided.get(node, until)) for node in nodes}
         if seconds < math.inf:  # of nodes that end Ray knows itself
             self._ask_anew()
             self._loop.later(seconds, self._ask_anew)
 
     def _ask_anew(self) -> None:
         """Nodes are to be avoided that were not when places were asked for, or the other way round."""
+        avoided = self._bad()
         for replica in self.staged(Stage.ASKED):
-            if replica.seats.gang.avoids != self._bad:
+            if replica.seats.gang.avoids != avoided:
                 self.release(replica, "asked for elsewhere")
         self._owner.on_placed()
 
-    @property
     def _bad(self) -> set[str]:
-        """The nodes that are there, and to be avoided now."""
+        """Ask Ray which of the nodes that are to be avoided now are there."""
         bad = {node for node, until in self._avoided.items() if time.monotonic() < until}
         return bad & alive_nodes() if bad else bad
 

@@ -35,13 +35,15 @@ os.environ.pop("RAY_ADDRESS", None)
 # Files that take long, the longest first: begun last, one of them would run alone while the others have ended.
 LONG = (
     "test_faults",
+    "test_on_premise",
     "test_jobs",
     "test_checkpoints",
+    "test_draining",
+    "test_silence",
+    "test_strategies",
     "test_feed",
     "test_cluster",
     "test_docs",
-    "test_draining",
-    "test_strategies",
     "test_feed_cluster",
     "test_soak",
 )

@@ -44,6 +44,7 @@ LAYERS = {
     "requests": 3,
     "underway": 3,
     "draining": 3,
+    "lookout": 3,
     "sharing": 3,
     "loop": 3,
     "watcher": 3,

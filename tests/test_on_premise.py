@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import HOME, PATHS, ROOT, Host, Site, site, wait_for
 
-from ray_dnn.events import AgentStarted, Event, GenerationFormed
-from ray_dnn.testing import read_events, read_ledger
+from benchmarks.silence_runs import used, where
+from tests.hosts import HOME, PATHS, ROOT, Host, Site, site, wait_for
 
 FILE = Path("docs/clusters/on-premise.yaml")
 CHECKOUT = ("ray_dnn", "jobs", "docs/clusters", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
@@ -88,23 +87,6 @@ def status(head: Host) -> str:
     return head.run(f"{HOME}/ray-dnn-env/bin/ray", "status", env=TOKEN)
 
 
-def events(run: Path) -> list[Event]:
-    return read_events(str(run)) if list(run.glob("events-*")) else []
-
-
-def hosts_of_members(run: Path) -> list[str]:
-    """Where the agents are that take part now."""
-    told = events(run)
-    hosts = {e.agent: e.host for e in told if isinstance(e, AgentStarted)}
-    formed = [e for e in told if isinstance(e, GenerationFormed)]
-    return [hosts[agent] for agent in formed[-1].agents] if formed else []
-
-
-def lines(run: Path) -> list[Any]:
-    """Of the ledger: what is the same in every run."""
-    return [(line.step, line.rows, line.digests, line.metrics) for line in read_ledger(str(run)).lines]
-
-
 def bring_up(made: Site) -> None:
     """Follow the file's first lines, up to a job."""
     laptop = made["laptop"]
@@ -127,11 +109,11 @@ def test_a_run_on_machines_one_of_which_is_cut_off_and_one_of_which_comes_late(p
     with (premises.folder / "job.log").open("w") as log:
         job = laptop.popen(*submit(premises, "run", "3:8"), env=TOKEN, stdout=log, stderr=log)
     try:
-        wait_for("agents", lambda: sorted(hosts_of_members(run)) == sorted(["head", "one", "two"] * 2), 2 * MINUTE)
+        wait_for("agents", lambda: sorted(where(run)) == sorted(["head", "one", "two"] * 2), 2 * MINUTE)
         premises["one"].cut()
-        wait_for("loss of a host", lambda: "one" not in hosts_of_members(run), MINUTE)
+        wait_for("loss of a host", lambda: "one" not in where(run), MINUTE)
         premises["late"].mend()
-        wait_for("host that comes late", lambda: "late" in hosts_of_members(run), 2 * MINUTE)
+        wait_for("host that comes late", lambda: "late" in where(run), 2 * MINUTE)
         for name in ("one", "two"):
             premises[name].delay(0)
         assert job.wait(2 * MINUTE) == 0
@@ -142,7 +124,7 @@ def test_a_run_on_machines_one_of_which_is_cut_off_and_one_of_which_comes_late(p
     printed = laptop.run(*submit(premises, "alone", "1"), env=TOKEN, timeout=2 * MINUTE)
     digests = [text[text.index("weights digest") :].split()[2] for text in (printed, Path(log.name).read_text())]
     assert digests[0] == digests[1]
-    assert lines(run) == lines(alone)
+    assert used(run) == used(alone)
 
     laptop.run(*from_checkout(laptop, "ray", "down", "--yes", str(FILE)), env=TOKEN, timeout=MINUTE)
     for host in premises.hosts.values():
