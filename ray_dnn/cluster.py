@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray_dnn.agent import Agent, Striker
 
 _NODE = "ray.io/node-id"  # a label that Ray gives every node
 _THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
+_actor = functools.cache(ray.remote)  # of a class: Ray would export each to the cluster, and keep it there
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Gang:
             "max_restarts": 0,
             "runtime_env": self._places.runtime_env,
         }
-        actor = ray.remote(Agent)
+        actor = _actor(Agent)
         return [
             actor.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
@@ -78,10 +80,10 @@ class Gang:
             for index, name in names.items()
         ]
 
-    def nodes(self, indexes: Sequence[int]) -> set[str]:
-        """The nodes that places are on, as far as they are on any."""
+    def nodes(self) -> dict[int, str]:
+        """The nodes that places are on, by index, as far as they are on any."""
         found = placement_group_table(self._group)["bundles_to_node_id"]
-        return {found[index] for index in indexes if found.get(index)}
+        return {index: node for index, node in found.items() if node}
 
     def give_back(self) -> None:
         """Give the places back to the cluster; agents in them are killed."""

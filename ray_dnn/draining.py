@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ray_dnn.cluster import draining_nodes
 
@@ -55,9 +55,10 @@ class Draining:
         self._deadlines[node] = float("inf") if left is None else time.monotonic() + left
         self._told(node, left)
 
-    def is_draining(self, node: str) -> bool:
-        """Whether a node is going to end."""
-        return node in self._deadlines
+    @property
+    def nodes(self) -> Collection[str]:
+        """Those that are going to end."""
+        return self._deadlines.keys()
 
     def ends_in(self, node: str) -> float:
         """Seconds until it ends."""

@@ -118,9 +118,10 @@ class Fleet:
         self._patience, self._guard, self._owner = patience, guard, owner
         self._job_ref = ray.put(job)
         self._numbers = itertools.count(1)
-        self._gangs: list[Gang] = []  # not given back yet
+        self._gangs: dict[Gang, int] = {}  # those not given back yet, and how many replicas are there or asked for
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
         self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
+        self._owners: dict[str, Replica] = {}  # by agent's name
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -134,7 +135,7 @@ class Fleet:
 
     def replica_of(self, agent: str) -> Replica | None:
         """The replica that an agent belongs to; None where it is gone."""
-        return next((r for r in self.replicas.values() if agent in r.names), None)
+        return self._owners.get(agent)
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class Fleet:
         """Ask for ``count`` replicas, all at once or none."""
         size = self._job.replica_size
         gang = Gang(self._places, count * size, self._bad)
-        self._gangs.append(gang)
+        self._gangs[gang] = 0
         replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
         self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
@@ -176,14 +177,16 @@ class Fleet:
     @property
     def _bad(self) -> set[str]:
         """The nodes that are there, and to be avoided now."""
-        bad = {node for node, until in self._avoided.items() if time.monotonic() < until}
-        return bad & alive_nodes() if bad else bad
+        self._avoided = {node: until for node, until in self._avoided.items() if time.monotonic() < until}
+        return self._avoided.keys() & alive_nodes() if self._avoided else set()
 
     def _add(self, seats: Seats) -> Replica:
         number, size = next(self._numbers), self._job.replica_size
         names = [f"agent-{number}" if size == 1 else f"agent-{number}.{rank}" for rank in range(size)]
         name = f"agent-{number}" if size == 1 else f"replica-{number}"
         replica = self.replicas[name] = Replica(name, seats, names)
+        self._owners |= dict.fromkeys(names, replica)
+        self._gangs[seats.gang] += 1
         return replica
 
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
@@ -206,12 +209,14 @@ class Fleet:
             self._owner.on_placed()
 
     def _start(self, replicas: list[Replica]) -> None:
+        where = {gang: gang.nodes() for gang in {r.seats.gang for r in replicas}}
         for replica in replicas:
             if not self.referenced and not any(r.first for r in self.replicas.values()):
                 replica.first = True
             size = len(replica.names)
-            seats = replica.seats
-            replica.seats = dataclasses.replace(seats, nodes=frozenset(seats.gang.nodes(seats.indexes)))
+            seats, there = replica.seats, where[replica.seats.gang]
+            nodes = frozenset(there[index] for index in seats.indexes if index in there)
+            replica.seats = dataclasses.replace(seats, nodes=nodes)
             replica.agents = replica.seats.gang.start(dict(zip(replica.seats.indexes, replica.names, strict=True)))
             replica.hellos, replica.built = [None] * size, [None] * size
             replica.stage = Stage.STARTING
@@ -309,8 +314,10 @@ class Fleet:
             return
         started = bool(replica.agents)
         replica.stage = Stage.GONE
-        self.replicas.pop(replica.name, None)
+        del self.replicas[replica.name]
+        self._gangs[replica.seats.gang] -= 1
         for name in replica.names:
+            del self._owners[name]
             self._guard.forget(name)
         for agent in replica.agents:
             ray.kill(agent)
@@ -322,8 +329,8 @@ class Fleet:
 
     def tidy(self) -> None:
         """Give back the places of gangs in which nobody is left."""
-        for gang in [g for g in self._gangs if not any(r.seats.gang is g for r in self.replicas.values())]:
-            self._gangs.remove(gang)
+        for gang in [gang for gang, replicas in self._gangs.items() if not replicas]:
+            del self._gangs[gang]
             self._vacant = [seats for seats in self._vacant if seats.gang is not gang]
             gang.give_back()
 
@@ -331,7 +338,7 @@ class Fleet:
         """End all agents and wait until Ray has seen them dead."""
         replicas = list(self.replicas.values())
         for replica in replicas:
-            self.release(replica, reason)
+            self.release(replica, reason, wanted=True)
         self.tidy()
         last = [agent.acknowledge.remote(-1) for replica in replicas for agent in replica.agents]
         if not last:

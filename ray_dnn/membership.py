@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ray_dnn.events import in_words
+
 
 @dataclass(frozen=True)
 class View:
@@ -98,8 +100,8 @@ def decide(view: View) -> Decision:
         reason = f"{there} of at least {view.minimum} replicas are there, {view.starting + ask} are starting"
         return Decision(None, (), (), ask, withdraw, dismiss, reason, stop)
     leaving = tuple(m for m in view.members if m in going)
-    words = [f"{', '.join(joining)} joining"] if joining and view.members else []
-    words += [f"{', '.join(leaving)} leaving"] if leaving else []
+    words = [f"{in_words(joining)} joining"] if joining and view.members else []
+    words += [f"{in_words(leaving)} leaving"] if leaving else []
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)
