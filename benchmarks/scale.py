@@ -10,7 +10,6 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import ray
 
 from benchmarks import small
-from benchmarks.simulation import Cost, Simulation
+from benchmarks.simulation import Simulation
 from benchmarks.tables import Claim, Table
 from ray_dnn.agent import Generation
 from ray_dnn.comm.introduction import SECRET_BYTES, Address
@@ -52,7 +51,7 @@ SIZES = (
     Size(1_000, 10_000, 1.0, 3600),
     Size(10_000, 20_000, 1.0, 300),
 )
-CALLS = 10_000
+ROUNDS, CALLS = 10, 1000
 PEERS = (100, 1_000, 4_000)
 EXCHANGES = 5
 SLICE_BYTES = 4096  # that every two agents send each other in an exchange
@@ -66,10 +65,12 @@ class Measured:
         deaths: and newcomers who joined (``joined``).
         lost_s, joined_s: CPU of each turn of the driver's loop that formed a generation after a death, or for a
             newcomer.
+        longest_s: CPU of the longest turn of all.
         load: CPU of the driver in a second of the cluster, without the time that Ray's calls take.
         calls: for each death, with all that followed it.
         event_bytes, ledger_bytes: for each death, for each step.
         mib: memory of the process, after a tenth of the time, the half, and the whole.
+        collect_s: the longest collection of Python's garbage.
     """
 
     size: Size
@@ -77,47 +78,47 @@ class Measured:
     joined: int
     lost_s: list[float]
     joined_s: list[float]
+    longest_s: float
     load: float
     calls: float
     event_bytes: float
     ledger_bytes: float
     mib: tuple[float, float, float]
+    collect_s: float
 
 
 def measure(size: Size) -> Measured:
     """Simulate one size. In a process of its own, for its memory is measured."""
     mib: list[float] = []
-    marks: list[tuple[int, int, int]] = []  # calls, bytes of events and turns before the first death
+    marks: list[tuple[int, int, int, float]] = []  # before the first death: calls, bytes of events, turns
 
     def look(simulation: Simulation) -> None:
         mib.append(_mib())
         if not marks:
-            marks.append((simulation.world.calls, simulation.folder.files["events"].bytes, len(simulation.world.costs)))
+            world = simulation.world
+            marks.append((world.calls, simulation.folder.files["events"].bytes, len(world.costs), world.turns_s))
 
     least = max(1, size.agents // 4)
     simulation = Simulation(size.agents, size.workers, size.every_s, look, least=least)
     outcome = simulation.run(size.seconds)
     assert outcome.error is None, outcome.error
     world, files = simulation.world, simulation.folder.files
-    calls, events, turns = marks[0]
+    calls, events, turns, turns_s = marks[0]
     costs = world.costs[turns:]
-    lost, joined = _formed(costs, lambda c: bool(c.lost)), _formed(costs, lambda c: not c.lost)
     return Measured(
         size=size,
         deaths=world.deaths,
         joined=sum(c.joined for c in costs),
-        lost_s=lost,
-        joined_s=joined,
-        load=sum(c.seconds for c in costs) / size.seconds,
+        lost_s=[cost.seconds for cost in costs if cost.lost],
+        joined_s=[cost.seconds for cost in costs if not cost.lost],
+        longest_s=world.longest_s,
+        load=(world.turns_s - turns_s) / size.seconds,
         calls=(world.calls - calls) / world.deaths,
         event_bytes=(files["events"].bytes - events) / world.deaths,
         ledger_bytes=files["ledger"].bytes / outcome.step,
         mib=(mib[len(mib) // 10], mib[len(mib) // 2], mib[-1]),
+        collect_s=max(world.collect_s),
     )
-
-
-def _formed(costs: list[Cost], wanted: Callable[[Cost], bool]) -> list[float]:
-    return [cost.seconds for cost in costs if cost.formed and wanted(cost)]
 
 
 def _mib() -> float:
@@ -140,6 +141,15 @@ def call_s(agents: int) -> float:
     told = ray.put(_generation(agents))
     actor = ray.remote(Callee).options(num_cpus=0, max_concurrency=16).remote()
     ray.get(actor.run.remote(told, 0, False))
+    used = time.process_time()
+    for _ in range(ROUNDS):
+        _call(actor, told)
+    spent = time.process_time() - used
+    ray.kill(actor)
+    return spent / (ROUNDS * CALLS)
+
+
+def _call(actor: Any, told: Any) -> None:
     loop, left = Loop(), CALLS
 
     def done(_: Any, error: Exception | None) -> None:
@@ -149,12 +159,9 @@ def call_s(agents: int) -> float:
         if not left:
             loop.end()
 
-    used = time.process_time()
     for index in range(CALLS):
         loop.watch(actor.run.remote(told, index, False), done)
     loop.run()
-    ray.kill(actor)
-    return (time.process_time() - used) / CALLS
 
 
 def _generation(agents: int) -> Generation:
@@ -252,6 +259,7 @@ def run() -> Table:
             "simulated, deaths",
             "CPU of a decision after a death: median, 99 %, worst",
             "CPU of one that lets newcomers join",
+            "the longest turn of the driver's loop",
             "the driver: CPU in a second",
             "calls for each death; at Ray's price",
             "bytes of events for each death",
@@ -275,6 +283,7 @@ def _row(one: Measured, call: float) -> tuple[str, ...]:
         f"{size.seconds / 60:.0f} min, {one.deaths:,}",
         _quantiles(one.lost_s),
         _quantiles(one.joined_s),
+        f"{1e3 * one.longest_s:.0f} ms",
         f"{100 * one.load:.1f} % of a core",
         f"{one.calls:,.0f}; {one.calls * call:.2f} s",
         f"{one.event_bytes:,.0f}",
@@ -297,10 +306,12 @@ def _notes(measured: list[Measured], meshes: list[Sockets], call: float) -> tupl
         f"Driver, fleet, guard, recorder and event log are the real ones, for jobs of {workers} virtual workers; "
         "agents, watchers, Ray's side of each call and the time are made up. Nobody computes, and sockets there are "
         "none. A step takes 0.5 s, a newcomer 2.8 s from its place to its first step. CPU is that of the driver's "
-        "loop, without what making up the cluster takes.",
+        "loop, without what making up the cluster takes, and without the collection of Python's garbage, which took "
+        f"up to {max(one.collect_s for one in measured):.1f} s of a process that holds the made-up cluster too.",
         f"To tell a real actor of a generation and hear its answer costs {1e6 * call:.0f} µs of the driver's CPU "
-        f"({CALLS:,} calls to one actor). At that price the calls of the largest size are what takes time, not the "
-        "decisions: Ray's, in C++, on other threads for the larger part.",
+        f"({ROUNDS * CALLS:,} calls to one actor, {CALLS:,} at a time; all threads of the process, most of it Ray's in "
+        "C++). A decision calls every agent once, or twice where it has them stop for newcomers. So with thousands of "
+        "agents it is the calls that take time, not the decisions.",
         f"What every agent is told when a generation is formed, with the names and addresses of all: {told}. From 64 "
         "agents on it is put into Ray's object store once and fetched once by each node.",
         f"A line of the ledger holds two numbers for each virtual worker: {ledger} a step at the smallest and the "

@@ -8,6 +8,7 @@ whatever is due next. Rows, checkpoints and sockets there are none.
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import queue
 import tempfile
@@ -42,6 +43,7 @@ from ray_dnn.strategies import DataParallel
 NODE_AGENTS = 8  # on a node
 PLACE_S, START_S, BUILD_S, FOLLOW_S, FORM_S, STEP_S = 0.05, 1.5, 1.0, 0.2, 0.1, 0.5
 DEATH_S, BREAK_S = 0.012, (0.005, 0.02)  # until Ray tells of a death, and until peers see their connections close
+COLLECT_S = 10.0
 _BUILT = Built({"torch": "2"}, FirstContribution("", {}, {}), "", {}, BUILD_S)
 _STATUS = Status(Phase.COMPUTING, 1, 1, 1, 1)
 _CLOCKED = ("loop", "driver", "recorder", "fleet", "following")  # modules of ray_dnn that look at the time
@@ -103,17 +105,19 @@ _NOTHING.settle()
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one turn of the driver's loop.
+    """Of a turn of the driver's loop in which it formed a generation.
 
     Attributes:
         seconds: of CPU, without those in which the cluster was made up.
-        formed: the generation that was formed in it; None: none.
         calls: to agents and watchers.
+        agents, joined, lost: how many take part, have joined, were lost.
     """
 
     seconds: float
-    formed: GenerationFormed | None
     calls: int
+    agents: int
+    joined: int
+    lost: int
 
 
 class Timeless(Loop):
@@ -208,7 +212,9 @@ class World:
         agents: those that are alive, by name.
         calls: so far, to agents and watchers.
         own_s: seconds of CPU in which it was made up what they do.
-        costs: of turns of the driver's loop.
+        costs: of turns in which a generation was formed.
+        turns_s, longest_s: of all turns together, and of the longest one, as of a `Cost`.
+        collect_s: seconds of CPU that each collection of Python's garbage took; there is none in a turn.
         deaths: so far.
     """
 
@@ -219,6 +225,8 @@ class World:
         self.agents: dict[str, Handle] = {}
         self.calls, self.own_s, self.deaths = 0, 0.0, 0
         self.costs: list[Cost] = []
+        self.turns_s = self.longest_s = 0.0
+        self.collect_s: list[float] = []
         self.formed: GenerationFormed | None = None
         self._together = Together(0, ())
         self._step = 0
@@ -231,8 +239,20 @@ class World:
         own_s, calls, self.formed = self.own_s, self.calls, None
         began = time.thread_time()
         call()
-        seconds = time.thread_time() - began
-        self.costs.append(Cost(seconds - (self.own_s - own_s), self.formed, self.calls - calls))
+        seconds = time.thread_time() - began - (self.own_s - own_s)
+        self.turns_s += seconds
+        self.longest_s = max(self.longest_s, seconds)
+        if (formed := self.formed) is not None:
+            agents, joined, lost = len(formed.agents), len(formed.joined), len(formed.lost)
+            self.costs.append(Cost(seconds, self.calls - calls, agents, joined, lost))
+
+    def collect(self) -> None:
+        """Collect garbage, and again after a while."""
+        began = time.thread_time()
+        gc.collect()
+        self.collect_s.append(time.thread_time() - began)
+        self.own_s += self.collect_s[-1]
+        self.loop.later(COLLECT_S, self.collect)
 
     def after(self, seconds: float, value: Any = None) -> Promise:
         """An answer that comes by itself."""
@@ -551,6 +571,8 @@ class Simulation:
 
     @contextlib.contextmanager
     def _made_up(self) -> Iterator[None]:
+        collects = gc.isenabled()
+        gc.disable()
         world, ray = self.world, self.world.ray()
         instead: Mapping[str, Any] = {
             **{f"{module}.time": world.clock for module in _CLOCKED},
@@ -567,7 +589,12 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             for name, value in instead.items():
                 stack.enter_context(patch(f"ray_dnn.{name}", value))
-            yield
+            try:
+                world.loop.later(COLLECT_S, world.collect)
+                yield
+            finally:
+                if collects:
+                    gc.enable()
 
 
 def _config(workers: int) -> TrainConfig:

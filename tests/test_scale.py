@@ -69,11 +69,10 @@ def shares(event: GenerationFormed) -> int:
 
 
 def test_a_decision_calls_no_agent_more_than_twice() -> None:
-    turns = [cost for cost in simulated().world.costs if cost.formed and not len(cost.formed.joined) > SECONDS]
-    assert turns
-    for cost in turns:
-        assert cost.formed is not None
-        assert cost.calls <= 2 * len(cost.formed.agents) + 50  # those who start and watch newcomers
+    costs = [cost for cost in simulated().world.costs if cost.lost]
+    assert costs
+    for cost in costs:
+        assert cost.calls <= 2 * cost.agents + 50  # those who start and watch newcomers
 
 
 def test_what_is_known_of_agents_that_are_gone_is_forgotten() -> None:
