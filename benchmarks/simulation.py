@@ -37,6 +37,7 @@ from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience, Sight
 from ray_dnn.loop import Loop
 from ray_dnn.phases import Phase, Status
+from ray_dnn.placement import Wish
 from ray_dnn.storage import LineFile, RunFolder
 from ray_dnn.strategies import DataParallel
 
@@ -174,9 +175,9 @@ class Handle:
 class Gang:
     """See `ray_dnn.cluster.Gang`."""
 
-    def __init__(self, world: World, places: Places, size: int, avoids: Sequence[str] = ()):
-        self.size, self.avoids, self._world = size, frozenset(avoids), world
-        self._nodes = [f"{next(world.places) // NODE_AGENTS:056x}" for _ in range(size)]
+    def __init__(self, world: World, places: Places, slots: Sequence[int], wish: Wish):
+        self.size, self.wish, self._world = len(slots), wish, world
+        self._nodes = [f"{next(world.places) // NODE_AGENTS:056x}" for _ in slots]
         self.ready = world.after(PLACE_S)
 
     def start(self, names: dict[int, str]) -> list[Handle]:
@@ -540,7 +541,7 @@ class Simulation:
                 Job(None, _config(self._workers), DataParallel(), (), b""),  # type: ignore[arg-type]
                 {"train": _rows(self._workers)},
                 Size(self._least, self._agents, -1),
-                Places({"CPU": 1.0}, "PACK", None, {}),
+                Places({"CPU": 1.0}, "PACK", {}, {}),
                 Patience(),
                 self.folder,
                 self.log,
@@ -584,6 +585,7 @@ class Simulation:
             "draining.draining_nodes": dict,
             "fleet.Gang": partial(Gang, world),
             "fleet.alive_nodes": set,
+            "fleet.nodes_with_room": lambda *_: set(),
             "fleet.room": str,
         }
         with contextlib.ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
+from ray_dnn.placement import Wish, matches
 
-_NODE = "ray.io/node-id"  # a label that Ray gives every node
 _THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
 _actor = functools.cache(ray.remote)  # of a class: Ray would export each to the cluster, and keep it there
 
@@ -30,32 +30,44 @@ class Places:
 
     Attributes:
         resources: of one agent, as in Ray's bundles.
-        strategy: how a gang's places lie to each other.
-        labels: one selector for every agent, or None.
+        strategy: how places lie to each other.
+        labels: a selector for every agent, or one for each: the first, the second …
         runtime_env: of the agents' processes.
         faults: that are to strike them (see `ray_dnn.testing`).
     """
 
     resources: dict[str, float]
     strategy: str
-    labels: dict[str, str] | None
+    labels: Mapping[str, str] | Sequence[Mapping[str, str]]
     runtime_env: dict[str, Any]
     faults: Striker | None = None
 
+    @property
+    def slots(self) -> int:
+        """Agents that differ in what they need; 0: none do."""
+        return 0 if isinstance(self.labels, Mapping) else len(self.labels)
+
+    def selector(self, slot: int) -> Mapping[str, str]:
+        """Labels that one agent's node must have."""
+        return self.labels if isinstance(self.labels, Mapping) else self.labels[slot]
+
 
 class Gang:
-    """Places for several agents, given all together or not at all, on other nodes than those to be avoided."""
+    """Places for several agents, given all together or not at all.
 
-    def __init__(self, places: Places, size: int, avoids: Collection[str] = ()):
-        self._places = places
-        self.size = size
-        self.avoids = frozenset(avoids)
-        labels = dict(places.labels or {})
-        if avoids:
-            labels.setdefault(_NODE, f"!in({','.join(sorted(avoids))})")
-        selectors = [labels] * size if labels else None
+    Args:
+        slots: of the agents, see `Places.selector`.
+        wish: on which nodes.
+    """
+
+    def __init__(self, places: Places, slots: Sequence[int], wish: Wish):
+        self._places, self.wish = places, wish
+        self.size = len(slots)
+        selectors = [wish.selector(places.selector(slot)) for slot in slots]
         self._group: PlacementGroup = placement_group(
-            [dict(places.resources)] * size, strategy=places.strategy, bundle_label_selector=selectors
+            [dict(places.resources)] * self.size,
+            strategy=places.strategy,
+            bundle_label_selector=selectors if any(selectors) else None,
         )
         self.ready = self._group.ready()  # a reference that resolves when the places are there
 
@@ -95,6 +107,19 @@ def room() -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
     shown = [key for key in ("CPU", "GPU") if total.get(key)]
     return ", ".join(f"{free.get(key, 0):g} of {total[key]:g} {key} free" for key in shown) or "no CPUs"
+
+
+def nodes_with_room(places: Places, slots: Sequence[int]) -> set[str]:
+    """The nodes that could take one of these agents now."""
+    free = ray._private.state.available_resources_per_node()
+    wanted = [places.selector(slot) for slot in slots]
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and any(matches(node["Labels"], selector) for selector in wanted)
+        and all(free.get(node["NodeID"], {}).get(key, 0) >= amount for key, amount in places.resources.items())
+    }
 
 
 def alive_nodes() -> set[str]:

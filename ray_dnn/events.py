@@ -57,6 +57,7 @@ class AgentStarted(Event):
     agent: str
     host: str
     pid: int
+    node: str
 
     def text(self) -> str:
         return f"{self.agent} started on {self.host}, pid {self.pid}"

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,15 +17,17 @@ import ray
 from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
-from ray_dnn.cluster import Gang, Places, alive_nodes, room
+from ray_dnn.cluster import Gang, Places, alive_nodes, nodes_with_room, room
 from ray_dnn.comm.listener import NoPortError
 from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
+from ray_dnn.placement import free_slots, wish
 
 GROWTH = "one more agent could join"
+_ELSEWHERE_S = 2.0  # before a place on nodes that are only preferred is given up for one on any
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
 _SLOW_START_S = 30.0
@@ -47,11 +50,13 @@ class Seats:
     """Places of one replica in a gang, by index.
 
     Attributes:
+        slot: of the replica, see `Places.selector`.
         nodes: that they are on, or were when somebody was started there.
     """
 
     gang: Gang
     indexes: tuple[int, ...]
+    slot: int = 0
     nodes: frozenset[str] = frozenset()
 
 
@@ -139,26 +144,73 @@ class Fleet:
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
-    def ask(self, count: int, purpose: str) -> None:
-        """Ask for ``count`` replicas, all at once or none."""
-        size = self._job.replica_size
-        gang = Gang(self._places, count * size, self._bad)
+    def ask(self, count: int, purpose: str, anywhere: bool = False) -> None:
+        """Ask for ``count`` replicas, all at once or none. ``anywhere``: not on the nodes that would be preferred."""
+        size, bad = self._job.replica_size, self._bad
+        agents = self._agents_by_node()
+        slots = self._free_slots(count)
+        ranks = [slot * size + rank for slot in slots for rank in range(size)]
+        room = nodes_with_room(self._places, ranks) if agents and not anywhere else ()
+        gang = Gang(self._places, ranks, wish(self._places.strategy, agents, room, bad))
         self._gangs[gang] = 0
-        replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
+        replicas = [
+            self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)), slot)) for i, slot in enumerate(slots)
+        ]
         self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
         self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+        if gang.wish.only is not None and not gang.wish.must:
+            self._loop.later(_ELSEWHERE_S, lambda: self._ask_elsewhere(replicas, purpose))
+
+    def _ask_elsewhere(self, replicas: list[Replica], purpose: str) -> None:
+        """There was room where places were asked for; by now others may have taken it."""
+        waiting = [replica for replica in replicas if replica.stage is Stage.ASKED]
+        for replica in waiting:
+            self.release(replica, "asked for elsewhere")
+        if waiting:
+            self.ask(len(waiting), purpose, anywhere=True)
 
     def replace(self, count: int, purpose: str) -> None:
         """Start up to ``count`` replicas in places that lost ones have left; ask for one more where there are none."""
-        # Of places on a node that has ended, Ray makes others.
-        avoided = self._bad
-        for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
+        for seats in self._usable(count):
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
         if count and not self.staged(Stage.ASKED):
             # One at a time: a request that cannot be met must not make an autoscaler start nodes for the others.
             self.ask(1, purpose)
+
+    def _usable(self, count: int) -> list[Seats]:
+        """Up to ``count`` of the places that lost ones have left, where somebody can be started."""
+        bad = self._bad
+        usable = [seats for seats in self._vacant if not seats.nodes & bad]
+        if self._places.slots:
+            taken = {replica.seats.slot for replica in self.replicas.values()}
+            one_each = {seats.slot: seats for seats in reversed(usable) if seats.slot not in taken}
+            usable = [seats for seats in usable if one_each.get(seats.slot) is seats]
+        # Of places on a node that has ended, Ray makes others, on the nodes that the gang was meant for.
+        if any(seats.gang.wish.only for seats in usable):
+            alive = alive_nodes()
+            usable = [s for s in usable if s.gang.wish.only is None or s.gang.wish.only & alive]
+        return [seats for seats in usable if not self._crowded(seats)][:count]
+
+    def _crowded(self, seats: Seats) -> bool:
+        """Whether places are where they must not be, for other agents are there: of several gangs, Ray knows only that
+        each is spread by itself."""
+        if self._places.strategy != "STRICT_SPREAD" or not (agents := self._agents_by_node()):
+            return False
+        where = seats.gang.nodes()
+        nodes = {where.get(index) for index in seats.indexes}
+        return None in nodes or not nodes.isdisjoint(agents)
+
+    def _agents_by_node(self) -> Counter[str]:
+        """How many agents there are. Those of replicas that are only asked for are nowhere."""
+        return Counter(node for replica in self.replicas.values() for node in replica.nodes)
+
+    def _free_slots(self, count: int) -> list[int]:
+        slots = self._places.slots // self._job.replica_size
+        if not slots:
+            return [0] * count
+        return free_slots(count, slots, [replica.seats.slot for replica in self.replicas.values()])
 
     def avoid(self, node: str, seconds: float = math.inf) -> None:
         """Start nobody on this node for so long."""
@@ -170,7 +222,7 @@ class Fleet:
     def _ask_anew(self) -> None:
         """Nodes are to be avoided that were not when places were asked for, or the other way round."""
         for replica in self.staged(Stage.ASKED):
-            if replica.seats.gang.avoids != self._bad:
+            if replica.seats.gang.wish.bad != self._bad:
                 self.release(replica, "asked for elsewhere")
         self._owner.on_placed()
 
@@ -205,7 +257,10 @@ class Fleet:
             for replica in waiting:
                 self._owner.on_lost(replica, f"its place could not be had: {error}")
         elif waiting:
-            self._start(waiting)
+            crowded = [replica for replica in waiting if self._crowded(replica.seats)]
+            for replica in crowded:
+                self.release(replica, "asked for elsewhere")
+            self._start([replica for replica in waiting if replica not in crowded])
             self._owner.on_placed()
 
     def _start(self, replicas: list[Replica]) -> None:
@@ -245,7 +300,7 @@ class Fleet:
     def _opened(self, replica: Replica, rank: int, hello: Hello) -> None:
         replica.hellos[rank] = hello
         name = replica.names[rank]
-        self._log.add(AgentStarted(name, hello.host, hello.pid))
+        self._log.add(AgentStarted(name, hello.host, hello.pid, hello.node_id))
         self._guard.watch(name, hello.node_id, hello.pid, hello.started, hello.status_fd)
         if all(replica.hellos):
             replica.stage = Stage.BUILDING
