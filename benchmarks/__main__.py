@@ -21,6 +21,7 @@ NAMES = (
     "exchange",
     "encryption",
     "driver",
+    "scale",
     "start",
     "feed",
     "shuffle",

@@ -46,7 +46,7 @@ class Pretender(Agent):
         self.marks.enter(Phase.READY)
         return Built({}, FirstContribution("", {}, {}), "", {}, 0.0)
 
-    def _run(self, generation: Generation, called: float) -> Stopped:
+    def _run(self, generation: Generation, replica: int, founding: bool, called: float) -> Stopped:
         """Take steps when they are due, whatever the driver does."""
         rate, steps = int(os.environ[_RATE]), self._job.config.steps
         now = time.time()
@@ -86,6 +86,7 @@ class Pretender(Agent):
             held=0,
             compute_s=1e-4,
             exchange_s=1e-4,
+            wait_s=0.0,
             speeds=(1e4,) * len(generation.names),
             began=time.time(),
             joined=joined,

@@ -19,7 +19,7 @@ class Admission:
         self._log = log
         self._deterministic = deterministic
         self._reference: Replica | None = None  # the first replica, once it is ready
-        self._waiting: list[Replica] = []  # ready before it
+        self._waiting: dict[str, Replica] = {}  # ready before it, by name
         self.exact = True
 
     def examine(self, replica: Replica) -> tuple[list[Replica], dict[str, AdmissionError]]:
@@ -30,11 +30,11 @@ class Admission:
             the first replica computes everything twice, so others may have to wait for it.
         """
         if not replica.first and self._reference is None:
-            self._waiting.append(replica)
+            self._waiting[replica.name] = replica
             return [], {}
         if replica.first:
             self._reference = replica
-        candidates, self._waiting = [replica, *self._waiting], []
+        candidates, self._waiting = [replica, *self._waiting.values()], {}
         admitted, refused = [], {}
         for candidate in candidates:
             error = self._compare(candidate)
@@ -42,11 +42,13 @@ class Admission:
                 admitted.append(candidate)
             else:
                 refused[candidate.name] = error
+            if candidate is not self._reference:
+                candidate.built = []  # what thousands have computed would fill the memory
         return admitted, refused
 
     def waiting(self, replica: Replica) -> bool:
         """Whether a replica that is ready has not been examined yet."""
-        return replica in self._waiting
+        return replica.name in self._waiting
 
     def _compare(self, replica: Replica) -> AdmissionError | None:
         assert self._reference is not None

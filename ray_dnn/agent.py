@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -140,13 +141,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Generation:
-    """An agent's place in a stretch of fixed membership.
+    """A stretch of fixed membership, the same for all agents of one rank inside of their replicas.
 
     Attributes:
         number: of the generation.
-        replica: of this agent; its rank in the exchange.
-        names, addresses: of the agents that it exchanges with, by replica.
-        founding: whether the state as built is the state of the run: the first generation.
+        names, addresses: of these agents, who exchange with each other, by replica.
         settled: decisions up to this number are carried out, but for those in ``commands``.
         commands: decisions that are not carried out yet.
         finish: take no further step; evaluate and end the job.
@@ -154,10 +153,8 @@ class Generation:
 
     number: int
     plan: Plan
-    replica: int
     names: tuple[str, ...]
     addresses: tuple[Address, ...]
-    founding: bool
     settled: int = 0
     commands: tuple[Command, ...] = ()
     finish: bool = False
@@ -315,8 +312,13 @@ class Agent:
             self._thread.submit(follower.run)
         return follower.outcome.result()
 
-    def run(self, generation: Generation) -> Ended:
-        """Leave the generation before and take part in this one until it ends."""
+    def run(self, generation: Generation, replica: int, founding: bool) -> Ended:
+        """Leave the generation before and take part in this one until it ends.
+
+        Args:
+            replica: of this agent; its rank in the exchange.
+            founding: whether the state as built is the state of the run: a member of the first generation.
+        """
         called = time.time()
         with self._changed:
             if generation.number <= self._newest:
@@ -324,7 +326,8 @@ class Agent:
             self._leave(generation.number - 1)
             self._newest = generation.number
             self._running = True
-            task = self._queued = self._thread.submit(lambda: _guard(lambda: self._run(generation, called)))
+            call = partial(self._run, generation, replica, founding, called)
+            task = self._queued = self._thread.submit(_guard, call)
         try:
             ended: Ended = task.result()
             if isinstance(ended, Failed) and self.engine is not None:
@@ -465,7 +468,7 @@ class Agent:
         identity = of_state(state, profile.as_dict())
         return Built(profile.as_dict(), first, digest, identity, time.perf_counter() - started)
 
-    def _run(self, generation: Generation, called: float) -> Stopped:
+    def _run(self, generation: Generation, replica: int, founding: bool, called: float) -> Stopped:
         engine, plan = self.engine, generation.plan
         assert engine is not None
         left = time.time()
@@ -477,16 +480,16 @@ class Agent:
             self._commands = {c.number: c for c in generation.commands} | later
             mesh = self.mesh = Mesh(
                 generation.number,
-                generation.replica,
+                replica,
                 plan.replicas,
                 checked=self._checked,
                 moved=self.marks.moved,
                 waits=self.marks.waits,
             )
-        self.marks.join(generation.number, generation.replica)
+        self.marks.join(generation.number, replica)
         self.marks.enter(Phase.FORMING, engine.state.step)
         try:
-            formed = engine.together(lambda: self._form(engine, mesh, generation))
+            formed = engine.together(lambda: self._form(engine, mesh, generation, founding))
             engine.joined = Joined(called, left, formed, time.time())
             command = train(engine, self, generation.settled, generation.finish, self._report)
             if command is not None:
@@ -510,11 +513,11 @@ class Agent:
             mesh.close()
             self.marks.enter(Phase.READY)
 
-    def _form(self, engine: Engine, mesh: Mesh, generation: Generation) -> float:
+    def _form(self, engine: Engine, mesh: Mesh, generation: Generation, founding: bool) -> float:
         """Connect to the others and come to the same state. Returns when it was connected."""
         mesh.form(self._listener, self._secret, generation.addresses)
         formed = time.time()
-        if generation.founding and not self._holds:
+        if founding and not self._holds:
             if self._founded_on is not None:
                 self.marks.enter(Phase.RESTORING)
                 restore(engine, self._group, self._founded_on.place, self._founded_on.manifest)

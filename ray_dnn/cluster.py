@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,12 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_dnn.agent import Agent, Striker
+from ray_dnn.placement import Wish, matches
 
 # How the names of placement groups begin, for other runs to see: without the one a run cannot start.
 _MINIMUM, _GROWTH = "ray_dnn minimum", "ray_dnn growth"
-_NODE = "ray.io/node-id"  # a label that Ray gives every node
 _THREADS = 16  # of an actor: some wait in live(), run() and taken() or write, the others pass messages
+_actor = functools.cache(ray.remote)  # of a class: Ray would export each to the cluster, and keep it there
 
 
 @dataclass(frozen=True)
@@ -32,37 +34,46 @@ class Places:
 
     Attributes:
         resources: of one agent, as in Ray's bundles.
-        strategy: how a gang's places lie to each other.
-        labels: one selector for every agent, or None.
+        strategy: how places lie to each other.
+        labels: a selector for every agent, or one for each: the first, the second …
         runtime_env: of the agents' processes.
         faults: that are to strike them (see `ray_dnn.testing`).
     """
 
     resources: dict[str, float]
     strategy: str
-    labels: dict[str, str] | None
+    labels: Mapping[str, str] | Sequence[Mapping[str, str]]
     runtime_env: dict[str, Any]
     faults: Striker | None = None
 
+    @property
+    def slots(self) -> int:
+        """Agents that differ in what they need; 0: none do."""
+        return 0 if isinstance(self.labels, Mapping) else len(self.labels)
+
+    def selector(self, slot: int) -> Mapping[str, str]:
+        """Labels that one agent's node must have."""
+        return self.labels if isinstance(self.labels, Mapping) else self.labels[slot]
+
 
 class Gang:
-    """Places for several agents, given all together or not at all, on other nodes than those to be avoided.
+    """Places for several agents, given all together or not at all.
 
-    ``minimum``: whether the run cannot start without them; other runs can see that (`waiting_minimums`).
+    Attributes:
+        wish: on which nodes.
+        minimum: whether the run cannot start without them; other runs can see that (`waiting_minimums`).
     """
 
-    def __init__(self, places: Places, size: int, avoids: Collection[str] = (), minimum: bool = False):
-        self._places = places
-        self.size, self.minimum, self.avoids = size, minimum, frozenset(avoids)
-        labels = dict(places.labels or {})
-        if avoids:
-            labels.setdefault(_NODE, f"!in({','.join(sorted(avoids))})")
-        selectors = [labels] * size if labels else None
+    def __init__(self, places: Places, slots: Sequence[int], wish: Wish, minimum: bool = False):
+        """``slots``: of the agents, see `Places.selector`."""
+        self._places, self.wish, self.minimum = places, wish, minimum
+        self.size = len(slots)
+        selectors = [wish.selector(places.selector(slot)) for slot in slots]
         self._group: PlacementGroup = placement_group(
-            [dict(places.resources)] * size,
+            [dict(places.resources)] * self.size,
             strategy=places.strategy,
             name=f"{_MINIMUM if minimum else _GROWTH} {secrets.token_hex(8)}",  # Ray wants each to be another one
-            bundle_label_selector=selectors,
+            bundle_label_selector=selectors if any(selectors) else None,
         )
         self.ready = self._group.ready()  # a reference that resolves when the places are there
 
@@ -78,7 +89,7 @@ class Gang:
             "max_restarts": 0,
             "runtime_env": self._places.runtime_env,
         }
-        actor = ray.remote(Agent)
+        actor = _actor(Agent)
         return [
             actor.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
@@ -87,10 +98,10 @@ class Gang:
             for index, name in names.items()
         ]
 
-    def nodes(self, indexes: Sequence[int]) -> set[str]:
-        """The nodes that places are on, as far as they are on any."""
+    def nodes(self) -> dict[int, str]:
+        """The nodes that places are on, by index, as far as they are on any."""
         found = placement_group_table(self._group)["bundles_to_node_id"]
-        return {found[index] for index in indexes if found.get(index)}
+        return {index: node for index, node in found.items() if node}
 
     def give_back(self) -> None:
         """Give the places back to the cluster; agents in them are killed."""
@@ -120,6 +131,19 @@ def waiting_minimums() -> dict[str, dict[str, float]]:
             for bundle in about["bundles"].values():
                 needs.update(bundle)
     return {group: dict(needs) for group, needs in waiting.items()}
+
+
+def nodes_with_room(places: Places, slots: Sequence[int]) -> set[str]:
+    """The nodes that could take one of these agents now."""
+    free = ray._private.state.available_resources_per_node()
+    wanted = [places.selector(slot) for slot in slots]
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and any(matches(node["Labels"], selector) for selector in wanted)
+        and all(free.get(node["NodeID"], {}).get(key, 0) >= amount for key, amount in places.resources.items())
+    }
 
 
 def alive_nodes() -> set[str]:

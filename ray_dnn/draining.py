@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ray_dnn.cluster import draining_nodes
 from ray_dnn.lookout import Lookout
@@ -37,9 +37,10 @@ class Draining(Lookout):
         self._deadlines[node] = float("inf") if left is None else time.monotonic() + left
         self._told(node, left)
 
-    def is_draining(self, node: str) -> bool:
-        """Whether a node is going to end."""
-        return node in self._deadlines
+    @property
+    def nodes(self) -> Collection[str]:
+        """Those that are going to end."""
+        return self._deadlines.keys()
 
     def ends_in(self, node: str) -> float:
         """Seconds until it ends."""

@@ -19,7 +19,7 @@ belongs to a generation that is over (`Underway.end`) is not looked at.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ from ray_dnn.storage import RunFolder
 from ray_dnn.underway import Underway
 
 _HEARTBEAT_S = 1.0  # agents keep the reports of so long; one that hears nothing for ten minutes ends itself
+_HEARTBEATS = 500  # at a time: of more replicas each has its turn later, for calls take the driver's time
 _ROOT_CAUSE_S = 0.3  # how long to wait for the reason why a connection closed
 _WAITING_MAX_S = 60.0
 _FENCE_S = 15.0  # between two looks whether the run was started again
@@ -182,6 +183,8 @@ class Driver:
         self.requests = Requests(lambda request: self._loop.post(lambda: self._on_request(request)))
         self._target = size.maximum
         self._script = Script(size.script)
+        self._unheard: list[Replica] = []  # who should hear the heartbeat next, the last ones first
+        self._considering = False  # whether the membership will be looked at once more has been heard
         self._members: list[Replica] = []  # who holds the state: of the present generation, or of the last one
         self._lost: list[str] = []  # agents, since the present generation was formed
         self._node = ray.get_runtime_context().get_node_id()  # of this process
@@ -241,7 +244,7 @@ class Driver:
     def on_opened(self, replica: Replica) -> None:
         """A replica's agents are there, and know nothing yet."""
         _supply(replica, self._feed.news())
-        if any(map(self._draining.is_draining, replica.nodes)):
+        if not replica.nodes.isdisjoint(self._draining.nodes):
             self._fleet.release(replica, _ENDING, wanted=True)
             self._consider()
 
@@ -249,10 +252,13 @@ class Driver:
         return self._script.size or self._size.minimum
 
     def _heartbeat(self) -> None:
-        """Tell all agents that they are wanted, and which reports are known."""
-        for replica in self._fleet.replicas.values():
-            for agent in replica.agents:
+        """Tell agents, in turn, that they are wanted, and which reports are known."""
+        if not self._unheard:
+            self._unheard = list(reversed(self._fleet.replicas.values()))
+        for replica in self._unheard[-_HEARTBEATS:]:
+            for agent in replica.agents if replica.stage is not Stage.GONE else ():
                 agent.acknowledge.remote(self._recorder.serial - 1)
+        del self._unheard[-_HEARTBEATS:]
         self._loop.later(_HEARTBEAT_S, self._heartbeat)
 
     def _watch_fence(self) -> None:
@@ -348,7 +354,7 @@ class Driver:
         for replica in there:
             if replica not in self._members:
                 self._fleet.release(replica, _ENDING, wanted=True)
-        lasting = len(self._members) - len(self._members_on(self._draining.is_draining))
+        lasting = len(self._members) - len(self._members_on(self._draining.nodes))
         if lasting < self._view().minimum or node == self._node:
             self._checkpoints.want(lambda _: None)  # others may not be there in time
         self._consider()
@@ -383,9 +389,9 @@ class Driver:
                     self._log.add(Waiting(f"another run cannot start: this one {room}"))
         self._consider()
 
-    def _members_on(self, is_one: Callable[[str], bool]) -> frozenset[str]:
-        """Members with an agent on such a node."""
-        return frozenset(r.name for r in self._members if any(map(is_one, r.nodes)))
+    def _members_on(self, nodes: Collection[str]) -> frozenset[str]:
+        """Members with an agent on one of these nodes."""
+        return frozenset(r.name for r in self._members if not r.nodes.isdisjoint(nodes)) if nodes else frozenset()
 
     def on_ready(self, replica: Replica) -> None:
         """A replica is built."""
@@ -398,8 +404,9 @@ class Driver:
             self._fleet.release(self._fleet.replicas[name], "refused")
             if not self._members and len(self._fleet.replicas) < self._view().minimum:
                 self._fail(error)  # the run cannot start without it
-        if admitted:
-            self._consider()
+        if admitted and not self._considering:
+            self._considering = True
+            self._loop.post(self._consider)  # once for all that have become ready meanwhile, be it thousands
 
     def _identify(self, identity: Identity) -> None:
         """Now it is known all that the job is."""
@@ -540,8 +547,8 @@ class Driver:
             members=tuple(r.name for r in self._members),
             ready=() if quickly else tuple(ready),
             starting=len(self._fleet.starting) + len(built) - len(ready),
-            leaving=none if quickly else self._members_on(self._ending.__contains__),
-            expiring=none if quickly else self._members_on(self._draining.is_draining),
+            leaving=none if quickly else self._members_on(self._ending),
+            expiring=none if quickly else self._members_on(self._draining.nodes),
             slow=none if quickly else frozenset(r.name for r in self._members if r.name in self._slow),
             one_by_one=self._job.strategy.worker_state == "mirrored",
             careful=self._setbacks.careful,
@@ -549,6 +556,7 @@ class Driver:
 
     def _consider(self) -> None:
         """Look at the membership and act on it."""
+        self._considering = False
         self._have_followed()
         view = self._view()
         decision = decide(view)
@@ -631,9 +639,8 @@ class Driver:
         for step, count in self._script.coming.items():
             self._decide_pause("regroup", f"{count} replicas from step {step} on", step)
         now.begin(self._founders, self._decided, tuple(self._pending.values()), finish)
-        for replica in before:
-            if replica not in members:
-                self._fleet.release(replica, "slow beyond sense" if replica.name in self._slow else "left as planned")
+        for replica in _without(before, members):
+            self._fleet.release(replica, "slow beyond sense" if replica.name in self._slow else "left as planned")
         self._slow &= {r.name for r in members}
         now.poll(lambda: self._recorder.serial, self._record)
         if self._commands and not finish:
@@ -650,8 +657,8 @@ class Driver:
                 generation=self._generation,
                 step=self._recorder.steps,
                 agents=names,
-                joined=[name for r in self._members if r not in before for name in r.names],
-                left=[name for r in before if r not in self._members for name in r.names],
+                joined=[name for r in _without(self._members, before) for name in r.names],
+                left=[name for r in _without(before, self._members) for name in r.names],
                 lost=self._lost,
                 bounds=list(plan.bounds),
             )
@@ -752,7 +759,8 @@ class Driver:
         known = self._recorder.steps
         for report in reports:
             if self._recorder.add(report):
-                new = [r for r in self._members if not r.proven and set(r.names) & set(getattr(report, "members", ()))]
+                by = {*getattr(report, "members", ())}
+                new = [r for r in self._members if not r.proven and not by.isdisjoint(r.names)]
                 for replica in new:
                     replica.proven = True
                 newest = getattr(report, "generation", 0) == self._generation
@@ -825,6 +833,11 @@ class Driver:
         self.outcome.history = self._recorder.history
         self.outcome.kept = list(self._checkpoints.kept)
         self._recorder.close()
+
+
+def _without(some: Sequence[Replica], others: Sequence[Replica]) -> list[Replica]:
+    gone = set(others)
+    return [replica for replica in some if replica not in gone]
 
 
 def _supply(replica: Replica, news: News) -> None:

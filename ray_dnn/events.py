@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+_PACKED = 1000  # events together
+_NAMED = 8  # in words, of many
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class AgentStarted(Event):
     agent: str
     host: str
     pid: int
+    node: str
 
     def text(self) -> str:
         return f"{self.agent} started on {self.host}, pid {self.pid}"
@@ -131,6 +138,12 @@ class Decided(Event):
 
 @dataclass(frozen=True)
 class GenerationFormed(Event):
+    """The next generation. ``bounds``: as of a `Plan`.
+
+    Its line in a log says how it differs from the one before, not who takes part: of thousands of agents whose
+    membership changes every second, that would be hundreds of megabytes an hour. `parse` knows.
+    """
+
     generation: int
     step: int
     agents: list[str]
@@ -141,10 +154,16 @@ class GenerationFormed(Event):
 
     def text(self) -> str:
         parts = [f"generation {self.generation} from step {self.step}: {_agents(len(self.agents))}"]
-        parts += [f"joined: {', '.join(self.joined)}"] if self.joined else []
-        parts += [f"left: {', '.join(self.left)}"] if self.left else []
-        parts += [f"lost: {', '.join(self.lost)}"] if self.lost else []
+        parts += [f"joined: {in_words(self.joined)}"] if self.joined else []
+        parts += [f"left: {in_words(self.left)}"] if self.left else []
+        parts += [f"lost: {in_words(self.lost)}"] if self.lost else []
         return "; ".join(parts)
+
+    def to_json(self) -> str:
+        line = {"event": type(self).__name__} | vars(self)
+        del line["agents"], line["bounds"]
+        sizes = (stop - start for start, stop in pairwise(self.bounds))
+        return json.dumps(line | {"shares": [(size, len(list(same))) for size, same in groupby(sizes)]})
 
 
 @dataclass(frozen=True)
@@ -157,7 +176,7 @@ class NodeDraining(Event):
 
     def text(self) -> str:
         when = "" if self.left_s is None else f" in {self.left_s:.0f} s"
-        who = ", ".join(self.agents) or "the driver"
+        who = in_words(self.agents) or "the driver"
         return f"node {self.node[:12]} is going to end{when}, and {who} with it; replacements are asked for"
 
 
@@ -169,7 +188,7 @@ class AgentsSlow(Event):
     times: float
 
     def text(self) -> str:
-        who = ", ".join(self.agents)
+        who = in_words(self.agents)
         return f"{who} slow beyond sense: without, steps are {self.times:.1f} times as fast; replacements are asked for"
 
 
@@ -356,29 +375,63 @@ def _agents(count: int) -> str:
     return "1 agent" if count == 1 else f"{count} agents"
 
 
+def in_words(names: Sequence[str]) -> str:
+    """Names, but not thousands of them."""
+    more = len(names) - _NAMED
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:_NAMED])} and {more} more"
+
+
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 
 
-def parse(line: str) -> Event:
-    """The event that a line of the log holds."""
-    fields = json.loads(line)
-    return KINDS[fields.pop("event")](**fields)
+def parse(lines: Iterable[str]) -> Iterator[Event]:
+    """The events that the lines of a log hold, from its first one on."""
+    agents: list[str] = []
+    newest = 0  # generation
+    for line in lines:
+        fields = json.loads(line)
+        kind = KINDS[fields.pop("event")]
+        if kind is RunStarted:
+            agents, newest = [], 0
+        elif kind is GenerationFormed:
+            if fields["generation"] <= newest:
+                continue  # it was written twice, for the storage had failed in between
+            agents, newest = _next(agents, fields), fields["generation"]
+        yield kind(**fields)
+
+
+def _next(agents: list[str], fields: dict[str, Any]) -> list[str]:
+    """Complete the fields of a `GenerationFormed` that follows one of these agents. Returns its agents."""
+    gone = {*fields["left"], *fields["lost"]}
+    fields["agents"] = [name for name in agents if name not in gone] + fields["joined"]
+    sizes = [size for size, times in fields.pop("shares") for _ in range(times)]
+    fields["bounds"] = list(accumulate(sizes, initial=0))
+    return list(fields["agents"])
 
 
 class EventLog:
-    """All events of this attempt so far, for any number of readers in any thread."""
+    """All events so far, for any number of readers in any thread.
+
+    They are kept as the lines that they are in a file, most of them packed: a run that goes on for days while agents
+    die has millions.
+    """
 
     def __init__(self, sinks: tuple[Callable[[Event], None], ...] = ()):
-        self._events: list[Event] = []
         self._sinks = sinks
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards the three below
+        self._packed: list[bytes] = []  # the older ones, so many lines each
+        self._lines: list[str] = []  # the others
         self._closed = False  # once true, nothing is added any more
 
     def add(self, event: Event) -> None:
         for sink in self._sinks:
             sink(event)
+        line = event.to_json()
         with self._changed:
-            self._events.append(event)
+            self._lines.append(line)
+            if len(self._lines) == _PACKED:
+                self._packed.append(zlib.compress("\n".join(self._lines).encode()))
+                self._lines = []
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -388,12 +441,19 @@ class EventLog:
 
     def follow(self) -> Iterator[Event]:
         """All events from the first one on, as they come, until the run has ended."""
+        return parse(self._follow())
+
+    def _follow(self) -> Iterator[str]:
         at = 0
         while True:
+            number, first = divmod(at, _PACKED)
             with self._changed:
-                while at == len(self._events) and not self._closed:
+                while at == len(self._packed) * _PACKED + len(self._lines) and not self._closed:
                     self._changed.wait()
-                fresh = self._events[at:]
+                packed = self._packed[number] if number < len(self._packed) else None
+                fresh = self._lines[first:] if packed is None else []
+            if packed is not None:
+                fresh = zlib.decompress(packed).decode().split("\n")[first:]
             if not fresh:
                 return
             yield from fresh

@@ -8,7 +8,8 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,14 +17,16 @@ import ray
 from ray.exceptions import RayActorError, RaySystemError, RayTaskError
 
 from ray_dnn.agent import Built, Failed, Hello, Job
-from ray_dnn.cluster import Gang, Places, alive_nodes, room
+from ray_dnn.cluster import Gang, Places, alive_nodes, nodes_with_room, room
 from ray_dnn.comm.listener import NoPortError
 from ray_dnn.errors import AgentLostError, ConfigError
 from ray_dnn.events import AgentGone, AgentStarted, EventLog, Waiting
 from ray_dnn.guard import Guard
 from ray_dnn.liveness import Patience
 from ray_dnn.loop import Loop
+from ray_dnn.placement import Wish, free_slots, wish
 
+_ELSEWHERE_S = 2.0  # before a place on nodes that are only preferred is given up for one on any
 _WAITING_S = 2.0  # before a request that has not been met is worth a word; then ever more rarely
 _WAITING_MAX_S = 60.0
 _SLOW_START_S = 30.0
@@ -46,11 +49,13 @@ class Seats:
     """Places of one replica in a gang, by index.
 
     Attributes:
+        slot: of the replica, see `Places.selector`.
         nodes: that they are on, or were when somebody was started there.
     """
 
     gang: Gang
     indexes: tuple[int, ...]
+    slot: int = 0
     nodes: frozenset[str] = frozenset()
 
 
@@ -117,11 +122,12 @@ class Fleet:
         self._patience, self._guard, self._owner = patience, guard, owner
         self._job_ref = ray.put(job)
         self._numbers = itertools.count(1)
-        self._gangs: list[Gang] = []  # not given back yet
+        self._gangs: dict[Gang, int] = {}  # those not given back yet, and how many replicas are there or asked for
         self._vacant: list[Seats] = []  # in these gangs: left by replicas that were lost
         self._avoided: dict[str, float] = {}  # nodes where nobody should be started, and until when (`time.monotonic`)
         self._hinting = False  # whether a word about requests that are not met is due
         self._hinted = 0  # of how many the last one was
+        self._owners: dict[str, Replica] = {}  # by agent's name
         self.replicas: dict[str, Replica] = {}
         self.referenced = False
 
@@ -135,43 +141,104 @@ class Fleet:
 
     def replica_of(self, agent: str) -> Replica | None:
         """The replica that an agent belongs to; None where it is gone."""
-        return next((r for r in self.replicas.values() if agent in r.names), None)
+        return self._owners.get(agent)
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def ask(self, count: int, purpose: str) -> None:
         """Ask for ``count`` replicas, all at once or none."""
-        gang = self._request(count, self._bad(), minimum=True)
-        self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
-
-    def _request(self, count: int, avoids: set[str], minimum: bool = False) -> Gang:
-        size = self._job.replica_size
-        gang = Gang(self._places, count * size, avoids, minimum)
-        self._gangs.append(gang)
-        replicas = [self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)))) for i in range(count)]
-        self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
-        return gang
+        slots = self._free_slots(count)
+        self._request(slots, self._wish(slots), purpose)
 
     def grow(self, count: int) -> None:
         """Start up to ``count`` replicas in places that lost ones have left; ask for others beyond these.
 
         Each is asked for by itself, so that an autoscaler starts nodes for all of them at once, and none for what
-        cannot be had. Nothing is asked for while the first ones wait: places that they need together
-        must not be taken one by one.
+        cannot be had; but where they are to be spread, one when it is known where the one before is. Nothing is
+        asked for while the first ones wait: places that they need together must not be taken one by one.
         """
         if any(r.seats.gang.minimum for r in self.staged(Stage.ASKED)):
             return
-        # Of places on a node that has ended, Ray makes others.
-        avoided = self._bad()
-        for seats in [s for s in self._vacant if not s.nodes & avoided][:count]:
+        for seats in self._usable(count):
             self._vacant.remove(seats)
             self._start([self._add(seats)])
             count -= 1
-        for _ in range(count):
-            self._request(1, avoided)
+        if self._places.strategy in ("SPREAD", "STRICT_SPREAD"):
+            count = 0 if self.staged(Stage.ASKED) else min(count, 1)
+        slots = self._free_slots(count)
+        wishes = {slot: self._wish([slot]) for slot in set(slots)}
+        for slot in slots:
+            self._request([slot], wishes[slot])
         if count and not self._hinting:
             self._hinting = True
             self._loop.later(_WAITING_S, self._hint)
+
+    def _wish(self, slots: Sequence[int], anywhere: bool = False) -> Wish:
+        """The nodes for replicas in these slots. ``anywhere``: not only those that would be preferred."""
+        agents = self._agents_by_node()
+        room = nodes_with_room(self._places, self._ranks(slots)) if agents and not anywhere else ()
+        return wish(self._places.strategy, agents, room, self._bad())
+
+    def _ranks(self, slots: Sequence[int]) -> list[int]:
+        """The slots of their agents."""
+        size = self._job.replica_size
+        return [slot * size + rank for slot in slots for rank in range(size)]
+
+    def _request(self, slots: Sequence[int], where: Wish, purpose: str = "") -> None:
+        """Ask for a replica in each slot, all at once or none. ``purpose``: if the run cannot start without them."""
+        size = self._job.replica_size
+        gang = Gang(self._places, self._ranks(slots), where, minimum=bool(purpose))
+        self._gangs[gang] = 0
+        replicas = [
+            self._add(Seats(gang, tuple(range(i * size, (i + 1) * size)), slot)) for i, slot in enumerate(slots)
+        ]
+        self._loop.watch(gang.ready, lambda _, error: self._placed(replicas, error))
+        if purpose:
+            self._loop.later(_WAITING_S, lambda: self._still_waiting(gang, purpose, _WAITING_S))
+        if where.only is not None and not where.must:
+            self._loop.later(_ELSEWHERE_S, lambda: self._ask_elsewhere(replicas, purpose))
+
+    def _ask_elsewhere(self, replicas: list[Replica], purpose: str) -> None:
+        """There was room where places were asked for; by now others may have taken it."""
+        waiting = [replica for replica in replicas if replica.stage is Stage.ASKED]
+        for replica in waiting:
+            self.release(replica, "asked for elsewhere")
+        if waiting:
+            slots = [replica.seats.slot for replica in waiting]
+            self._request(slots, self._wish(slots, anywhere=True), purpose)
+
+    def _usable(self, count: int) -> list[Seats]:
+        """Up to ``count`` of the places that lost ones have left, where somebody can be started."""
+        bad = self._bad()
+        usable = [seats for seats in self._vacant if not seats.nodes & bad]
+        if self._places.slots:
+            taken = {replica.seats.slot for replica in self.replicas.values()}
+            one_each = {seats.slot: seats for seats in reversed(usable) if seats.slot not in taken}
+            usable = [seats for seats in usable if one_each.get(seats.slot) is seats]
+        # Of places on a node that has ended, Ray makes others, on the nodes that the gang was meant for.
+        if any(seats.gang.wish.only for seats in usable):
+            alive = alive_nodes()
+            usable = [s for s in usable if s.gang.wish.only is None or s.gang.wish.only & alive]
+        return [seats for seats in usable if not self._crowded(seats)][:count]
+
+    def _crowded(self, seats: Seats) -> bool:
+        """Whether places are where they must not be, for other agents are there: of several gangs, Ray knows only that
+        each is spread by itself."""
+        if self._places.strategy != "STRICT_SPREAD" or not (agents := self._agents_by_node()):
+            return False
+        where = seats.gang.nodes()
+        nodes = {where.get(index) for index in seats.indexes}
+        return None in nodes or not nodes.isdisjoint(agents)
+
+    def _agents_by_node(self) -> Counter[str]:
+        """How many agents there are. Those of replicas that are only asked for are nowhere."""
+        return Counter(node for replica in self.replicas.values() for node in replica.nodes)
+
+    def _free_slots(self, count: int) -> list[int]:
+        slots = self._places.slots // self._job.replica_size
+        if not slots:
+            return [0] * count
+        return free_slots(count, slots, [replica.seats.slot for replica in self.replicas.values()])
 
     def avoid(self, nodes: Iterable[str], seconds: float = math.inf) -> None:
         """Start nobody on these nodes for so long."""
@@ -185,20 +252,22 @@ class Fleet:
         """Nodes are to be avoided that were not when places were asked for, or the other way round."""
         avoided = self._bad()
         for replica in self.staged(Stage.ASKED):
-            if replica.seats.gang.avoids != avoided:
+            if replica.seats.gang.wish.bad != avoided:
                 self.release(replica, "asked for elsewhere")
         self._owner.on_placed()
 
     def _bad(self) -> set[str]:
         """Ask Ray which of the nodes that are to be avoided now are there."""
-        bad = {node for node, until in self._avoided.items() if time.monotonic() < until}
-        return bad & alive_nodes() if bad else bad
+        self._avoided = {node: until for node, until in self._avoided.items() if time.monotonic() < until}
+        return self._avoided.keys() & alive_nodes() if self._avoided else set()
 
     def _add(self, seats: Seats) -> Replica:
         number, size = next(self._numbers), self._job.replica_size
         names = [f"agent-{number}" if size == 1 else f"agent-{number}.{rank}" for rank in range(size)]
         name = f"agent-{number}" if size == 1 else f"replica-{number}"
         replica = self.replicas[name] = Replica(name, seats, names)
+        self._owners |= dict.fromkeys(names, replica)
+        self._gangs[seats.gang] += 1
         return replica
 
     def _still_waiting(self, gang: Gang, purpose: str, after: float) -> None:
@@ -228,16 +297,21 @@ class Fleet:
             for replica in waiting:
                 self._owner.on_lost(replica, f"its place could not be had: {error}")
         elif waiting:
-            self._start(waiting)
+            crowded = [replica for replica in waiting if self._crowded(replica.seats)]
+            for replica in crowded:
+                self.release(replica, "asked for elsewhere")
+            self._start([replica for replica in waiting if replica not in crowded])
             self._owner.on_placed()
 
     def _start(self, replicas: list[Replica]) -> None:
+        where = {gang: gang.nodes() for gang in {r.seats.gang for r in replicas}}
         for replica in replicas:
             if not self.referenced and not any(r.first for r in self.replicas.values()):
                 replica.first = True
             size = len(replica.names)
-            seats = replica.seats
-            replica.seats = dataclasses.replace(seats, nodes=frozenset(seats.gang.nodes(seats.indexes)))
+            seats, there = replica.seats, where[replica.seats.gang]
+            nodes = frozenset(there[index] for index in seats.indexes if index in there)
+            replica.seats = dataclasses.replace(seats, nodes=nodes)
             replica.agents = replica.seats.gang.start(dict(zip(replica.seats.indexes, replica.names, strict=True)))
             replica.hellos, replica.built = [None] * size, [None] * size
             replica.stage = Stage.STARTING
@@ -266,7 +340,7 @@ class Fleet:
     def _opened(self, replica: Replica, rank: int, hello: Hello) -> None:
         replica.hellos[rank] = hello
         name = replica.names[rank]
-        self._log.add(AgentStarted(name, hello.host, hello.pid))
+        self._log.add(AgentStarted(name, hello.host, hello.pid, hello.node_id))
         self._guard.watch(name, hello.node_id, hello.pid, hello.started, hello.status_fd)
         if all(replica.hellos):
             replica.stage = Stage.BUILDING
@@ -335,8 +409,10 @@ class Fleet:
             return
         started = bool(replica.agents)
         replica.stage = Stage.GONE
-        self.replicas.pop(replica.name, None)
+        del self.replicas[replica.name]
+        self._gangs[replica.seats.gang] -= 1
         for name in replica.names:
+            del self._owners[name]
             self._guard.forget(name)
         for agent in replica.agents:
             ray.kill(agent)
@@ -348,8 +424,8 @@ class Fleet:
 
     def tidy(self) -> None:
         """Give back the places of gangs in which nobody is left."""
-        for gang in [g for g in self._gangs if not any(r.seats.gang is g for r in self.replicas.values())]:
-            self._gangs.remove(gang)
+        for gang in [gang for gang, replicas in self._gangs.items() if not replicas]:
+            del self._gangs[gang]
             self._vacant = [seats for seats in self._vacant if seats.gang is not gang]
             gang.give_back()
 
@@ -357,7 +433,7 @@ class Fleet:
         """End all agents and wait until Ray has seen them dead."""
         replicas = list(self.replicas.values())
         for replica in replicas:
-            self.release(replica, reason)
+            self.release(replica, reason, wanted=True)
         self.tidy()
         last = [agent.acknowledge.remote(-1) for replica in replicas for agent in replica.agents]
         if not last:

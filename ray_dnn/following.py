@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,18 +45,18 @@ class Followings:
 
     def look(self, newcomers: Sequence[Replica], members: Sequence[Replica]) -> None:
         """Have those follow who do not. ``members``: who can be followed now."""
-        names = {replica.name for replica in newcomers}
-        self._all = {name: following for name, following in self._all.items() if name in names}
-        for newcomer in newcomers:
-            following = self._all.setdefault(newcomer.name, _Following())
-            if not following.done and following.leader not in members:
-                self._start(newcomer, following, members)
-
-    def _start(self, newcomer: Replica, following: _Following, members: Sequence[Replica]) -> None:
-        taken = Counter(other.leader.name for other in self._all.values() if other.leader)
+        self._all = {replica.name: self._all.get(replica.name, _Following()) for replica in newcomers}
+        there = set(members)
+        idle = [r for r in newcomers if not self._all[r.name].done and self._all[r.name].leader not in there]
         # Each member leads one at a time: what it keeps for a follower takes memory. The newest ones may have to learn.
-        free = [member for member in members if not taken[member.name] and member.proven]
-        following.leader = leader = free[following.failures % len(free)] if free else None
+        taken = {following.leader for following in self._all.values()}
+        free = [member for member in members if member not in taken and member.proven] if idle else []
+        for newcomer in idle:
+            self._start(newcomer, self._all[newcomer.name], free)
+
+    def _start(self, newcomer: Replica, following: _Following, free: list[Replica]) -> None:
+        """Have it follow one of those who are free, if there is any."""
+        following.leader = leader = free.pop(following.failures % len(free)) if free else None
         if leader is None:
             return
         started = time.monotonic()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -35,7 +35,7 @@ _CALLS = 3  # at the same time in a watcher: one looks, the others are short
 _logger = logging.getLogger("ray_dnn")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Agent:
     """An agent, from `Guard.watch` to `Guard.forget`."""
 
@@ -47,11 +47,12 @@ class _Agent:
     killed: bool = False  # whether its watcher was told to end it: calls to a watcher may overtake each other
 
 
-@dataclass
+@dataclass(eq=False)
 class _Node:
     """A node with agents on it, or one that had some."""
 
     node_id: str
+    agents: dict[str, _Agent] = field(default_factory=dict)  # that are watched there, by name
     watcher: Any = None  # an actor; None where there is none at present
     looking: bool = False  # whether the watcher owes an answer
     heard: bool = False  # whether the present watcher has ever answered: until then it is starting
@@ -90,7 +91,7 @@ class Guard:
     def watch(self, name: str, node_id: str, pid: int, started: int, status_fd: int) -> None:
         """Begin to watch an agent that has just been heard of. The numbers are those of `Watcher.watch`."""
         node = self._nodes.setdefault(node_id, _Node(node_id))
-        self._agents[name] = _Agent(name, node, (pid, started, status_fd))
+        self._agents[name] = node.agents[name] = _Agent(name, node, (pid, started, status_fd))
         node.silent_s = 0.0
         if self._ticked is None:
             self._tick_later()
@@ -104,10 +105,15 @@ class Guard:
         """Stop watching an agent. A name that is not watched is no error."""
         self._told.pop(name, None)
         agent = self._agents.pop(name, None)
-        if agent is not None and agent.node.watcher is not None:
+        if agent is None:
+            return
+        del agent.node.agents[name]
+        if agent.node.watcher is not None:
             agent.node.watcher.forget.remote(name, agent.killed)
-            if not self._on(agent.node):
+            if not agent.node.agents:
                 self._loop.later(_SPARE_S, lambda: self._spare(agent.node))
+        else:
+            self._drop(agent.node)
 
     def kill(self, name: str) -> None:
         """End an agent's process, also a stopped one; nothing happens where it is not watched."""
@@ -138,8 +144,7 @@ class Guard:
 
     def _start(self, node: _Node) -> None:
         """Start a watcher on a node that has none, if there is still anybody to watch."""
-        agents = self._on(node)
-        if self._closed or node.watcher is not None or not agents:
+        if self._closed or node.watcher is not None or not node.agents:
             return
         node.watcher = (
             ray.remote(Watcher)
@@ -153,7 +158,7 @@ class Guard:
         )
         node.looking, node.heard, node.silent_s = False, False, 0.0
         node.watcher.hurry.remote()
-        for agent in agents:
+        for agent in node.agents.values():
             self._show(agent)
         self._look(node)
 
@@ -164,12 +169,15 @@ class Guard:
 
     def _spare(self, node: _Node) -> None:
         """End a watcher that has nobody to watch: as long as it runs, no autoscaler takes the node away."""
-        if not self._on(node):
+        if not node.agents:
             self._end(node)
             node.looking = False
+            self._drop(node)
 
-    def _on(self, node: _Node) -> list[_Agent]:
-        return [agent for agent in self._agents.values() if agent.node is node]
+    def _drop(self, node: _Node) -> None:
+        """Forget a node, if nothing is left there."""
+        if not node.agents and node.watcher is None and self._nodes.get(node.node_id) is node:
+            del self._nodes[node.node_id]
 
     def _show(self, agent: _Agent) -> None:
         """Tell a watcher of an agent."""
@@ -192,7 +200,7 @@ class Guard:
 
     def _look(self, node: _Node) -> None:
         """Ask a node's watcher what it sees, and again whenever it has answered, while there is somebody to watch."""
-        if self._closed or node.looking or node.watcher is None or not self._on(node):
+        if self._closed or node.looking or node.watcher is None or not node.agents:
             return
         watcher = node.watcher
         node.looking = True
@@ -215,7 +223,8 @@ class Guard:
     def _lost(self, node: _Node, error: Exception) -> None:
         """A watcher died: killed by a shortage of memory, or with its whole node, of which Ray tells the driver."""
         self._end(node)
-        if not self._on(node):
+        if not node.agents:
+            self._drop(node)
             return
         again = min(_AGAIN_S * 2**node.deaths, _AGAIN_MAX_S)
         node.deaths += 1
@@ -225,9 +234,15 @@ class Guard:
     # -- verdicts ----------------------------------------------------------------------------------------------------
 
     def _seen(self, sights: tuple[Sight, ...]) -> None:
-        for sight in sights:
-            if sight.name in self._agents:
-                self._agents[sight.name].sight = sight
+        """What those do themselves who were seen just now. Whether all wait for each other is looked at in the ticks:
+        thousands of nodes answer every second."""
+        watched = [sight for sight in sights if sight.name in self._agents]
+        for sight in watched:
+            self._agents[sight.name].sight = sight
+        for verdict in judge(watched, (), self._patience):
+            self._give_up(verdict)
+
+    def _judge_all(self) -> None:
         known = [agent.sight for agent in self._agents.values() if agent.sight is not None]
         for verdict in judge(known, self._generation, self._patience, self._told):
             if verdict.name is not None:
@@ -255,7 +270,8 @@ class Guard:
         for node in self._nodes.values():
             if node.looking:
                 node.silent_s += passed_s
-        self._loop.post(self._judge_silence)  # behind all answers that have arrived
+        self._loop.post(self._judge_all)  # behind all answers that have arrived
+        self._loop.post(self._judge_silence)
         self._tick_later()
 
     def _judge_silence(self) -> None:
@@ -266,6 +282,6 @@ class Guard:
                 continue
             self._end(node)  # should only the watcher hang, the next agents there get another one
             node.looking = False
-            for agent in self._on(node):
+            for agent in list(node.agents.values()):
                 reason = f"nothing was heard from node {node.node_id} for {node.silent_s:.0f} s"
                 self._give_up(Verdict(agent.name, reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_dnn.config import TrainConfig
 from ray_dnn.engine.numerics import environment
 from ray_dnn.errors import ConfigError
 from ray_dnn.network import PORTS, Network
+from ray_dnn.placement import NODE
 from ray_dnn.strategies import Strategy
 
 _FAILURE_FIELDS = (
@@ -37,7 +39,7 @@ class Limits:
     most: int
     resources: dict[str, float]
     strategy: str
-    labels: dict[str, str] | None
+    labels: Mapping[str, str] | Sequence[Mapping[str, str]]
 
     def places(self, run: RunConfig, config: TrainConfig, faults: Striker | None = None) -> Places:
         """What to ask the cluster for."""
@@ -74,21 +76,15 @@ def check_scaling(given: ScalingConfig, config: TrainConfig, replica_size: int, 
         if getattr(scaling, name):
             value = getattr(scaling, name)
             raise ConfigError(f"ScalingConfig({name}={value!r}): {why} not supported yet. Leave it out.")
-    if scaling.accelerator_type:
+    placement, labels = str(scaling.placement_strategy), scaling.label_selector or {}
+    selectors = labels if isinstance(labels, list) else [labels]
+    if placement.startswith("STRICT") and any(NODE in selector for selector in selectors):
         raise ConfigError(
-            f"ScalingConfig(accelerator_type={scaling.accelerator_type!r}): not supported yet. Leave it out, or ask "
-            "for nodes with label_selector."
-        )
-    if isinstance(scaling.label_selector, list):
-        raise ConfigError("ScalingConfig(label_selector=[…]): one selector an agent is not supported. Give one dict.")
-    placement = str(scaling.placement_strategy)
-    if least < most and placement.startswith("STRICT"):
-        raise ConfigError(
-            f"ScalingConfig(placement_strategy={placement!r}): cannot be kept while agents join. Use PACK or SPREAD, "
-            "or a fixed number of agents."
+            f"ScalingConfig(placement_strategy={placement!r}, label_selector={labels!r}): both say which nodes are "
+            f"meant. Leave {NODE} out, or use PACK or SPREAD."
         )
     resources = {key: float(amount) for key, amount in scaling._resources_per_worker_not_none.items() if amount}
-    return Limits(least // replica_size, most // replica_size, resources, placement, scaling.label_selector)
+    return Limits(least // replica_size, most // replica_size, resources, placement, labels)
 
 
 def check_audit(given: ScalingConfig, config: TrainConfig, replica_size: int, strategy: Strategy) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ray_dnn.events import in_words
+
 Resources = Mapping[str, float]  # amounts by name, as Ray has them
 
 _MOST_STARTING = 8  # at a time, or as many as there are members: the cluster may never have room for more
@@ -106,8 +108,8 @@ def decide(view: View) -> Decision:
         reason = f"{there} of at least {view.minimum} replicas are there, {view.starting + ask} are starting"
         return Decision(None, (), (), ask, withdraw, dismiss, reason, stop)
     leaving = tuple(m for m in view.members if m in going)
-    words = [f"{', '.join(joining)} joining"] if joining and view.members else []
-    words += [f"{', '.join(leaving)} leaving"] if leaving else []
+    words = [f"{in_words(joining)} joining"] if joining and view.members else []
+    words += [f"{in_words(leaving)} leaving"] if leaving else []
     first = f"the first {len(members)} are ready"
     reason = " and ".join(words) or ("nothing changed" if view.members else first)
     return Decision(members, joining, leaving, ask, withdraw, dismiss, reason)

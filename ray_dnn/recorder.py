@@ -37,7 +37,7 @@ class Recorder:
         self._ledger = folder.append_file(LEDGER)
         self._ledger.write(head.to_json())
         # Contributions per second in the last steps, by first agent of the replica.
-        self._speeds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
+        self._speeds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
         self._last: StepReport | None = None
         self._rows = 0
         self._waited = self._waited_in_all = 0.0  # seconds that the reporting agent waited for rows, lately and ever
@@ -45,7 +45,7 @@ class Recorder:
         self._told_rows = 0
         self._skipped_before = 0 if job.resume is None else job.resume.manifest.skipped
         self._skipped: list[int] = []  # steps, of this attempt
-        self._agents: set[str] = set()
+        self._agents = 0  # that have committed a step
         self._generations = 0
         self.schedule = head.schedule
         self.history: list[dict[str, float]] = [] if job.resume is None else list(job.resume.manifest.history)
@@ -128,7 +128,10 @@ class Recorder:
 
     def _generation_begins(self, report: StepReport) -> None:
         self._generations += 1
-        self._agents |= set(report.members)
+        # Who has left does not come back.
+        self._agents += len({*report.members} - {*(self._last.members if self._last is not None else ())})
+        for name in self._speeds.keys() - {*report.members}:
+            del self._speeds[name]
         gap = report.time - self._last.time if self._last else 0.0
         joined = report.joined
         assert joined is not None
@@ -184,7 +187,7 @@ class Recorder:
             "rows": self._rows_before() + self._rows,
             "rows_waited_s": self._waited_in_all,
             "skipped_steps": self.skipped_before(self.steps),
-            "agents": len(self._agents),
+            "agents": self._agents,
             "generations": self._generations,
             "same_bits": exact,
         }

@@ -120,11 +120,11 @@ class Setbacks:
             members: whether each has proven itself, in the order in which they joined.
         """
         self._breaks += 1
-        names = list(members)
-        last = names if sum(members.values()) > 1 else [name for name in names if not members[name]]
+        places = {name: place for place, name in enumerate(members)}
+        last = [name for name in members if sum(members.values()) > 1 or not members[name]]
         if self._breaks < _MOST_BREAKS or not last:
             return None
-        return max(last, key=lambda name: (not members[name], self._accused[name], names.index(name)))
+        return max(last, key=lambda name: (not members[name], self._accused[name], places[name]))
 
     def committed(self, proven: bool, newest: bool = True) -> None:
         """A step was committed.

@@ -109,7 +109,7 @@ def fit_with_faults(trainer: Trainer, faults: Sequence[Fault], sizes: Mapping[in
 
 def read_events(run: Result | str, attempt: int | None = None) -> list[Event]:
     """The event log of a run: its result, or the path or URI of its folder. ``attempt``: None for the last one."""
-    return [parse(line) for line in read_lines(_folder(run), EVENTS, attempt)]
+    return list(parse(read_lines(_folder(run), EVENTS, attempt)))
 
 
 def read_ledger(run: Result | str, attempt: int | None = None) -> Ledger:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
+import ray
 from ray.exceptions import RayActorError
 
 from ray_dnn.agent import Command, Convicted, Ended, Failed, Generation, Left, Stopped
@@ -19,6 +19,7 @@ _POLL_WAIT_S = 1.0  # an agent answers earlier when it has something to report
 _POLL_PAUSE_S = 0.05  # between two polls, so that reports come in bunches; longer and longer in a generation
 _POLL_PAUSE_MAX_S = 0.2
 _LONGER = 1.5
+_SHARED = 64  # agents from which on they fetch from their node's store what all of them are told, with their addresses
 
 
 class Watch(Protocol):
@@ -49,6 +50,7 @@ class Underway:
         self.number, self.members, self.plan = number, list(members), plan
         self.running = True
         self._loop, self._fleet, self._watch = loop, fleet, watch
+        self._count = sum(len(replica.agents) for replica in members)
         self._stopped: dict[tuple[str, int], Stopped] = {}  # agents whose run() has returned, by (replica, rank)
         self._over = False  # once true, nothing that its agents say is looked at
 
@@ -62,18 +64,17 @@ class Underway:
             same = Generation(
                 number=self.number,
                 plan=self.plan,
-                replica=0,
                 names=tuple(r.names[rank] for r in self.members),
                 addresses=tuple(r.hello(rank).address for r in self.members),
-                founding=False,
                 settled=settled,
                 commands=tuple(commands),
                 finish=finish,
             )
+            told = ray.put(same) if self._count >= _SHARED else same
             for index, replica in enumerate(self.members):
                 replica.stage = Stage.MEMBER
-                generation = replace(same, replica=index, founding=replica.name in founders)
-                self._loop.watch(replica.agents[rank].run.remote(generation), self._ended(replica, rank))
+                ended = replica.agents[rank].run.remote(told, index, replica.name in founders)
+                self._loop.watch(ended, self._ended(replica, rank))
 
     def command(self, command: Command) -> None:
         """Tell the agents a decision."""
@@ -120,7 +121,7 @@ class Underway:
         return done
 
     def _at_boundary(self) -> None:
-        if len(self._stopped) < len(self.agents):
+        if len(self._stopped) < self._count:
             return
         if len({(s.step, s.command, s.weights_digest) for s in self._stopped.values()}) > 1:
             raise ProtocolError(f"agents stopped at different places: {self._stopped}")
@@ -152,7 +153,7 @@ class Underway:
             return
         # Everybody keeps reports until they are known, and the newest one to show that it has been compared. The
         # others hear what is known with the driver's heartbeat: each call takes time that they would compute in.
-        reporter = self.agents[0]
+        reporter = self.members[0].agents[0]
 
         def done(reports: list[Report] | None, error: Exception | None) -> None:
             if error is None and not self._over:

@@ -103,7 +103,8 @@ class Run:
         self.folder = RunFolder(str(path), "run", pyarrow.fs.LocalFileSystem())
         self.folder.claim()
         self.folder.do = self._do  # type: ignore[method-assign]
-        self.loop, self.log = Loop(), EventLog()
+        self.told: list[Any] = []
+        self.loop, self.log = Loop(), EventLog((self.told.append,))
         self.agents = [Agent() for _ in range(agents)]
         self.ordered: list[tuple[int, int, int]] = []  # number, every, at_step
         self.pauses = 0
@@ -169,7 +170,7 @@ class Run:
             agent.write_all()
 
     def events(self, kind: type) -> list[Any]:
-        return [event for event in self.log._events if isinstance(event, kind)]
+        return [event for event in self.told if isinstance(event, kind)]
 
 
 def test_the_next_one_is_asked_for_when_the_last_one_counts(tmp_path: Path) -> None:

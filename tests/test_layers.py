@@ -13,6 +13,7 @@ LAYERS = {
     "errors": 0,
     "events": 0,
     "config": 0,
+    "placement": 1,
     "plan": 1,
     "balance": 1,
     "tree": 1,

@@ -69,9 +69,14 @@ def test_what_is_no_function_is_named(field: str) -> None:
         ({"scaling_config": ScalingConfig(num_workers=0)}, "Use at least 1"),
         ({"scaling_config": ScalingConfig(num_workers=9)}, "work for at most 8 agents"),
         ({"scaling_config": ScalingConfig(num_workers=2, use_gpu=True)}, "use_gpu=True"),
-        ({"scaling_config": ScalingConfig(num_workers=2, accelerator_type="T4")}, "accelerator_type='T4'"),
-        ({"scaling_config": ScalingConfig(num_workers=(1, 2), placement_strategy="STRICT_PACK")}, "STRICT_PACK"),
-        ({"scaling_config": ScalingConfig(num_workers=1, label_selector=[{"a": "b"}])}, "label_selector"),
+        (
+            {
+                "scaling_config": ScalingConfig(
+                    num_workers=2, placement_strategy="STRICT_PACK", label_selector={"ray.io/node-id": "5"}
+                )
+            },
+            "both say which nodes are meant",
+        ),
         ({"run_config": RunConfig(failure_config=FailureConfig(max_failures=-2))}, "max_failures=-2"),
         ({"patience": 5}, "patience=5"),
         ({"audit": "yes"}, "audit='yes'"),
@@ -87,12 +92,19 @@ def test_a_trainer_that_cannot_do_what_is_asked_says_so(arguments: dict[str, Any
 
 
 def test_fields_of_ray_train_that_can_be_honoured_are() -> None:
-    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2, "slot": 1}, placement_strategy="SPREAD")
+    scaling = ScalingConfig(
+        num_workers=(1, 2),
+        resources_per_worker={"CPU": 2, "slot": 0.5, "memory": 0},
+        placement_strategy="STRICT_SPREAD",
+        accelerator_type="A100",
+        label_selector=[{"zone": "a"}, {"zone": "!b"}],
+    )
     run = RunConfig(worker_runtime_env={"env_vars": {"MINE": "1"}})
     job = Trainer(TrainSpec(**SPEC), {"train": None}, TrainConfig(32, epochs=1), DataParallel(), scaling, run)
     places = job._limits().places(run, job.config)
-    assert places.resources == {"CPU": 2.0, "slot": 1.0}
-    assert places.strategy == "SPREAD"
+    assert places.resources == {"CPU": 2.0, "slot": 0.5, "accelerator_type:A100": 0.001}
+    assert places.strategy == "STRICT_SPREAD"
+    assert [places.selector(slot) for slot in range(places.slots)] == [{"zone": "a"}, {"zone": "!b"}]
     assert places.runtime_env["env_vars"]["MINE"] == "1"
     assert places.runtime_env["env_vars"]["ATEN_CPU_CAPABILITY"] == "avx2"
 

@@ -17,7 +17,7 @@ from ray_dnn import checkpoint, load_weights, tensorfile
 from ray_dnn.checkpoint import MANIFEST, WEIGHTS, Manifest, Place
 from ray_dnn.checkpoints import Kept, retire
 from ray_dnn.errors import CheckpointError, ConfigError
-from ray_dnn.events import KINDS, EventLog, RunFinished, Waiting, parse
+from ray_dnn.events import KINDS, Event, EventLog, GenerationFormed, RunFinished, RunStarted, Waiting, parse
 from ray_dnn.ledger import Ledger
 from ray_dnn.storage import EVENTS, RunFolder, read_lines
 from ray_dnn.testing import read_events
@@ -235,7 +235,62 @@ def test_every_event_says_itself_in_words_and_survives_storage() -> None:
             fields = {name: values[str(annotation)][turn] for name, annotation in kind.__annotations__.items()}
             event = kind(**fields)
             assert event.text()
-            assert parse(event.to_json()) == event
+            assert list(parse([event.to_json()])) == [event]
+
+
+@st.composite
+def memberships(draw: st.DrawFn) -> list[Event]:
+    """Generations, one after the other, with other events between them; perhaps in more than one attempt."""
+    events: list[Event] = []
+    names = (f"agent-{number}" for number in itertools.count(1))
+    for attempt in range(draw(st.integers(1, 2))):
+        events.append(RunStarted("run", "folder", attempt, {}))
+        agents: list[str] = []
+        for generation in range(1, draw(st.integers(1, 6))):
+            gone = [name for name in agents if draw(st.booleans())]
+            lost = [name for name in gone if draw(st.booleans())]
+            joined = list(itertools.islice(names, draw(st.integers(0 if len(agents) > len(gone) else 1, 4))))
+            agents = [name for name in agents if name not in gone] + joined
+            sizes = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in agents]
+            left = [name for name in gone if name not in lost]
+            bounds = list(itertools.accumulate(sizes, initial=0))
+            events.append(GenerationFormed(generation, generation, list(agents), joined, left, lost, bounds))
+            events += [Waiting("for more")] if draw(st.booleans()) else []
+    return events
+
+
+@given(memberships(), st.data())
+def test_who_takes_part_is_read_from_lines_that_say_only_what_changed(events: list[Event], data: st.DataObject) -> None:
+    lines = [event.to_json() for event in events]
+    assert list(parse(lines)) == events
+    # A storage that failed in the middle has some lines twice.
+    last = max(i for i, event in enumerate(events) if isinstance(event, RunStarted))
+    first = data.draw(st.integers(last, len(lines)))
+    until = data.draw(st.integers(first, len(lines)))
+    formed = [e for e in parse([*lines[:until], *lines[first:]]) if isinstance(e, GenerationFormed)]
+    if first > last:
+        assert formed == [event for event in events if isinstance(event, GenerationFormed)]
+    assert formed[-1:] == [event for event in events if isinstance(event, GenerationFormed)][-1:]
+
+
+@pytest.mark.parametrize("count", [999, 1000, 1001, 2500])
+def test_an_event_log_of_thousands_is_read_from_the_first_event_on_at_any_time(count: int) -> None:
+    log = EventLog()
+    early = log.follow()
+    for number in range(count):
+        log.add(Waiting(str(number)))
+    assert [next(early) for _ in range(count // 2)] == list(itertools.islice(log.follow(), count // 2))
+    log.add(RunFinished(1, "d", "r"))
+    log.close()
+    assert [e.what for e in log.follow() if isinstance(e, Waiting)] == [str(number) for number in range(count)]
+    assert [e.what for e in early if isinstance(e, Waiting)] == [str(n) for n in range(count // 2, count)]
+
+
+def test_the_words_of_an_event_name_some_of_thousands() -> None:
+    names = [f"agent-{number}" for number in range(1000)]
+    text = GenerationFormed(1, 0, names, names, [], [], list(range(1001))).text()
+    assert text.endswith("joined: " + ", ".join(names[:8]) + " and 992 more")
+    assert GenerationFormed(1, 0, names[:9], names[:9], [], [], list(range(10))).text().endswith("agent-7, agent-8")
 
 
 def test_readers_of_the_event_log_see_everything_until_it_is_closed() -> None:
