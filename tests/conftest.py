@@ -53,6 +53,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Jobs of the tests travel as those of a script do: an agent that imported their modules would load Ray Train."""
+    import jobs_for_tests
+    from ray import cloudpickle
+
+    for module in {jobs_for_tests, *(item.module for item in session.items if isinstance(item, pytest.Function))}:
+        cloudpickle.register_pickle_by_value(module)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(RAY_DIR, ignore_errors=True)
 

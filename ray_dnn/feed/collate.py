@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from ray_dnn.engine.batches import as_numpy
 from ray_dnn.errors import ConfigError
 from ray_dnn.feed.samples import in_form
 
@@ -40,7 +41,7 @@ def _as_array(column: pa.ChunkedArray) -> Any:
     if hasattr(whole, "to_numpy_ndarray"):  # tensors of Ray Data, or Arrow's own
         return whole.to_numpy_ndarray()
     if pa.types.is_fixed_size_list(kind) and whole.null_count == 0:
-        return whole.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), kind.list_size)
+        return as_numpy(whole.flatten()).reshape(len(whole), kind.list_size)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return whole.to_numpy(zero_copy_only=False)
+        return as_numpy(whole)
     return None
