@@ -344,13 +344,13 @@ def _send(number: signal.Signals, pids: list[int]) -> None:
             os.kill(pid, number)
 
 
-def wait_for(what: str, is_so: Callable[[], bool], seconds: float = WAIT_S) -> None:
-    """Wait until something is so."""
+def wait_for(what: str, is_so: Callable[[], bool], seconds: float = WAIT_S, pause_s: float = 0.02) -> None:
+    """Wait until something is so. ``pause_s``: between two looks."""
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {what} within {seconds:g} s")
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def _namespace(pid: int, kind: str) -> str | None:
