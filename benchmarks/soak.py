@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak --faults 300
     python -m benchmarks.soak --minutes 30 --job convnet --seed 7
+    python -m benchmarks.soak --minutes 10 --job many --agents 24..32 --deaths --every 2..5
 
 It starts a Ray cluster of its own, trains each job undisturbed on one agent, and then over and over on up to four,
 while faults of every kind strike about every two seconds. Each of these runs must end with the weights of the
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _MOST_FAILED = 3  # runs, before it is pointless to go on
 _EXIT_S = 15.0  # for Ray's processes to end
+_AGENT_GIB = 0.5
 
 
 def _arguments(given: list[str]) -> argparse.Namespace:
@@ -41,11 +43,44 @@ def _arguments(given: list[str]) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--faults", type=int, default=60, help="how many are to strike (default: 60)")
     length.add_argument("--minutes", type=float, help="how long they are to strike, instead")
-    parser.add_argument("--job", choices=("language", "convnet", "both"), default="both", help="(default: both)")
+    parser.add_argument(
+        "--job",
+        choices=("language", "convnet", "both", "many"),
+        default="both",
+        help="(default: both of the first two)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
     parser.add_argument("--agents", type=_span, default=(1, 4), metavar="MIN..MAX", help="(default: 1..4)")
     parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
-    return parser.parse_args(given)
+    parser.add_argument("--deaths", action="store_true", help="only faults that agents die of at once")
+    parser.add_argument(
+        "--every",
+        type=_seconds,
+        default=(0.5, 2.5),
+        metavar="MIN..MAX",
+        help="seconds between faults (default: 0.5..2.5)",
+    )
+    found = parser.parse_args(given)
+    needed, there = found.agents[1] * _AGENT_GIB, _available_gib()
+    if needed > there:
+        parser.error(f"{found.agents[1]} agents take about {needed:.0f} GiB of memory, and {there:.0f} are available")
+    return found
+
+
+def _available_gib() -> float:
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) / 2**20
+
+
+def _seconds(text: str) -> tuple[float, float]:
+    least, _, most = text.partition("..")
+    try:
+        span = float(least), float(most or least)
+    except ValueError:
+        span = (1.0, 0.0)
+    if not 0 <= span[0] <= span[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN..MAX in seconds")
+    return span
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -74,7 +109,7 @@ class Soak:
         from benchmarks.soak_report import Findings
 
         self._given, self._folder = given, folder
-        names = list(JOBS) if given.job == "both" else [given.job]
+        names = ["language", "convnet"] if given.job == "both" else [given.job]
         self._jobs: list[Job] = [JOBS[name](given.steps) for name in names]
         self._orders = Orders(folder / "orders")
         self._orders.folder.mkdir()
@@ -118,14 +153,15 @@ class Soak:
         from ray.train import TrainingFailedError
 
         from benchmarks.soak_report import difference
-        from benchmarks.soak_run import DisturbedRun, Hung
+        from benchmarks.soak_run import DisturbedRun, Hung, Pace
 
-        audit = self._given.agents[1] >= 3 and number // len(self._jobs) % 2 == 1
+        audit = self._given.agents[1] >= 3 and number // len(self._jobs) % 2 == 1 and not self._given.deaths
         name = f"{job.name}-{number}"
         _say(f"{name}, seed {self._given.seed}.{number}{', audited' if audit else ''}:")
         trainer = job.trainer(self._given.steps, self._given.agents, audit, str(self._folder), name)
         random = Random(f"{self._given.seed}.{number}")
-        run = DisturbedRun(trainer, self._orders, random, self._given.agents, self._tell)
+        pace = Pace(self._given.every, self._given.deaths)
+        run = DisturbedRun(trainer, self._orders, random, self._given.agents, pace, self._tell)
         try:
             run.run(lambda: self._more(len(run.strikes)))
             if wrong := difference(run.handle.result(), self._references[job.name]):
@@ -154,8 +190,9 @@ class Soak:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[Path]:
-    """A Ray cluster of one node, gone without a trace afterwards. Yields a folder for runs, kept where one is in it."""
+def _cluster(agents: int) -> Iterator[Path]:
+    """A Ray cluster of one node with room for so many agents, gone without a trace afterwards. Yields a folder for
+    runs, kept where one is in it."""
     ray_folder = tempfile.mkdtemp(prefix="rs-", dir="/tmp")  # short: Ray puts Unix sockets below it
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     os.environ |= {
@@ -172,7 +209,7 @@ def _cluster() -> Iterator[Path]:
     try:
         ray.init(
             address="local",
-            num_cpus=16,
+            num_cpus=max(16, agents + 8),
             object_store_memory=300 * 2**20,
             include_dashboard=False,
             log_to_driver=False,
@@ -213,7 +250,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status."""
     given = _arguments(arguments)
     logging.getLogger("ray_dnn").addHandler(logging.NullHandler())
-    with _cluster() as folder:
+    with _cluster(given.agents[1]) as folder:
         try:
             good = Soak(given, folder).run()
         except KeyboardInterrupt:

@@ -44,6 +44,11 @@ class Kind:
     disrupts: bool = True
     audit: bool = False
 
+    @property
+    def deadly(self) -> bool:
+        """Whether agents die of it at once."""
+        return "kill" in self.name
+
 
 def _at(kind: Callable[..., Fault], phases: tuple[str, ...], **more: Any) -> Draw:
     return lambda random, ranks: kind(random.choice(phases), rank=random.randrange(ranks), **more)

@@ -1,4 +1,5 @@
-"""The jobs that the soak trains: a language model on Python's library, and a convnet with BatchNorm on images."""
+"""The jobs that the soak trains: a language model on Python's library, a convnet with BatchNorm on images, and a small
+network for many agents."""
 
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ ROWS = 40 * BATCH - 5  # an epoch of 40 steps, the last one short
 HELD_OUT_ROWS = 64
 EVALUATE_EVERY = 25
 PATIENCE = Patience(idle_s=8.0, stalled_s=2.0)  # nothing in these jobs computes for long
+MANY = 64  # rows of a batch and virtual workers, where there are many agents
+MANY_PATIENCE = Patience(idle_s=60.0, stalled_s=20.0)  # for they share few cores
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ class Job:
 
     Attributes:
         datasets: rows to learn from and held-out ones, in memory.
-        min_rows: see `TrainConfig`.
+        min_rows, batch, workers: see `TrainConfig`.
     """
 
     name: str
     spec: TrainSpec
     datasets: dict[str, Any]
     min_rows: int = 1
+    batch: int = BATCH
+    workers: int = WORKERS
+    patience: Patience = PATIENCE
 
     def trainer(self, steps: int, agents: tuple[int, int], audit: bool, folder: str, name: str) -> Trainer:
         """A trainer of this job. Whatever else it is given, it learns the same."""
@@ -51,8 +57,8 @@ class Job:
             self.spec,
             self.datasets,
             TrainConfig(
-                batch_size=BATCH,
-                virtual_workers=WORKERS,
+                batch_size=self.batch,
+                virtual_workers=self.workers,
                 min_rows=self.min_rows,
                 steps=steps,
                 clip_norm=1.0,
@@ -61,8 +67,8 @@ class Job:
             ),
             scaling_config=ScalingConfig(num_workers=agents),
             run_config=RunConfig(name=name, storage_path=folder, failure_config=FailureConfig(max_failures=-1)),
-            patience=PATIENCE,
-            audit=Audit(workers=WORKERS) if audit else None,
+            patience=self.patience,
+            audit=Audit(workers=self.workers) if audit else None,
         )
 
 
@@ -95,11 +101,29 @@ def convnet(steps: int) -> Job:
     return Job("convnet", spec, datasets, min_rows=2)
 
 
-JOBS: dict[str, Callable[[int], Job]] = {"language": language, "convnet": convnet}
+def many(steps: int) -> Job:
+    """A network so small that many agents can train it on few cores; one or two virtual workers for each of them."""
+    spec = TrainSpec(
+        model=build_many,
+        optimizer=build_convnet_optimizer,
+        loss=convnet_loss,
+        evaluate=convnet_evaluate,
+        collate=convnet_collate,
+    )
+    datasets = {"train": images("train", ROWS), "validation": images("t10k", HELD_OUT_ROWS)}
+    return Job("many", spec, datasets, batch=MANY, workers=MANY, patience=MANY_PATIENCE)
+
+
+JOBS: dict[str, Callable[[int], Job]] = {"language": language, "convnet": convnet, "many": many}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The convnet
+# The networks on images
+
+
+def build_many() -> nn.Module:
+    """One hidden layer; (rows, 1, 28, 28) -> (rows, 10)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
 def build_convnet() -> nn.Module:

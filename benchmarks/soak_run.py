@@ -37,7 +37,6 @@ from ray_dnn.testing import Fault
 from ray_dnn.trainer import Handle, Trainer
 
 _TICK_S = 0.01
-_PAUSE_S = (0.5, 2.5)  # between two faults
 _POSSIBLE_S = 6.0  # how long a kind that was drawn may wait until it is possible
 _ORDER_S, _RARE_ORDER_S = 4.0, 12.0  # how long an order stands
 _AGAIN_S = 0.05  # at most, from the news of a death to the next one
@@ -45,9 +44,22 @@ _LOOK_S = 1.0
 _MOST_FALSE_STARTS = 2  # newcomers struck in a row: the driver waits longer after each
 _WISHES_S = (4.0, 10.0)  # between two
 _ANSWER_S = 5.0  # to a wish, when the run has ended
-_HANGS_S = 60.0  # without a committed step
+_HANGS_S, _HANGS_EACH_S = 60.0, 5.0  # without a committed step: and more for each agent, which must start first
 _INTERRUPT_S = 30.0
 _NOTICED_S = 30.0  # until an agent that was struck down is gone
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What strikes, and how often.
+
+    Attributes:
+        pause_s: least and most seconds between two faults.
+        deaths: only what agents die of at once.
+    """
+
+    pause_s: tuple[float, float]
+    deaths: bool
 
 
 class Hung(Exception):
@@ -105,10 +117,12 @@ class DisturbedRun:
         orders: Orders,
         random: Random,
         agents: tuple[int, int],
+        pace: Pace,
         tell: Callable[[Strike], None],
     ):
         self._orders, self._random, self._tell = orders, random, tell
-        self._kinds = [kind for kind in KINDS if trainer.audit or not kind.audit]
+        self._kinds = [k for k in KINDS if (trainer.audit or not k.audit) and (k.deadly or not pace.deaths)]
+        self._pace = pace
         self._living: dict[str, Living] = {}
         self._generation: GenerationFormed | None = None  # the newest one
         self._formed: dict[int, GenerationFormed] = {}
@@ -266,7 +280,7 @@ class DisturbedRun:
         kind = self._drawn[0]
         if self._possible(kind):
             self._drawn = None
-            self._due = now + self._random.uniform(*_PAUSE_S)
+            self._due = now + self._random.uniform(*self._pace.pause_s)
             if kind.draw is not None:
                 assert self._generation is not None
                 self._order(kind, kind.draw(self._random, len(self._generation.agents)))
@@ -372,8 +386,9 @@ class DisturbedRun:
         with contextlib.suppress(OSError):
             if self._ledger_bytes != (size_now := os.path.getsize(self._ledger)):
                 self._ledger_bytes, self._moved = size_now, now
-        if now - self._moved > _HANGS_S:
-            raise Hung(f"no step has been committed for {_HANGS_S:g} s")
+        hangs_s = _HANGS_S + _HANGS_EACH_S * self._agents[1]
+        if now - self._moved > hangs_s:
+            raise Hung(f"no step has been committed for {hangs_s:g} s")
 
     def dump(self) -> Iterator[str]:
         """All that is known, line by line."""
