@@ -19,8 +19,12 @@ from ray_dnn.testing import read_events
 
 @pytest.fixture(scope="module")
 def second_node() -> Iterator[Any]:
-    """A cluster of two nodes with two CPUs each; gives the one on which the driver is not."""
-    with nodes(num_cpus=2, object_store_memory=200 * 2**20) as cluster:
+    """A cluster of two nodes with two CPUs each; gives the one on which the driver is not.
+
+    Ray itself is to find nothing wrong with a frozen node, however long this machine takes: it would end it.
+    """
+    patient = {"health_check_failure_threshold": 1000}
+    with nodes(num_cpus=2, object_store_memory=200 * 2**20, _system_config=patient) as cluster:
         yield cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
 
 
