@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,20 @@ class Shape:
         return lm.LanguageModel(lm.Shape(self.layers, self.width, self.context))
 
 
+@dataclass(frozen=True)
+class Side:
+    """What came of one way to train it.
+
+    Attributes:
+        seconds: of each step, after the first few.
+        loss: of the last step.
+    """
+
+    seconds: list[float]
+    loss: float
+    digest: str = "–"
+
+
 def _optimizer(model: Any) -> Any:
     from jobs import language_model as lm
 
@@ -74,8 +88,8 @@ def config(shape: Shape) -> Any:
 # -- theirs ------------------------------------------------------------------------------------------------------------
 
 
-def plain(shape: Shape, pieces: int) -> list[float]:
-    """Seconds of each step of PyTorch by itself, which computes a batch in so many pieces."""
+def plain(shape: Shape, pieces: int) -> Side:
+    """PyTorch by itself, which computes a batch in so many pieces."""
     import torch
 
     from jobs import language_model as lm
@@ -92,14 +106,17 @@ def plain(shape: Shape, pieces: int) -> list[float]:
     ends = []
     for batch in rows.split(shape.batch):
         optimizer.zero_grad()
+        total = 0.0
         for piece in batch.chunk(pieces):
             with torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 loss = lm.loss(model, piece.to(gpu))
-            (loss * (len(piece) / len(batch))).backward()
+            part = loss * (len(piece) / len(batch))
+            part.backward()
+            total += float(part.detach())
         optimizer.step()
         torch.cuda.synchronize()
         ends.append(time.perf_counter())
-    return _between(ends)
+    return Side(_between(ends), total)
 
 
 # -- ours --------------------------------------------------------------------------------------------------------------
@@ -111,8 +128,8 @@ def _note(folder: str, model: Any, extra: Any, step: int) -> None:
         file.write(f"{time.perf_counter()!r}\n")
 
 
-def ours(shape: Shape, agents: int) -> tuple[list[float], str]:
-    """Seconds of each step, and the digest of the weights, of so many agents that share one GPU."""
+def ours(shape: Shape, agents: int) -> Side:
+    """So many agents of ray_dnn that share one GPU."""
     from ray.train import RunConfig, ScalingConfig
 
     from jobs import language_model as lm
@@ -130,7 +147,7 @@ def ours(shape: Shape, agents: int) -> tuple[list[float], str]:
         ).fit()
         ends = next(iter(Path(folder).glob("*.ends"))).read_text().split()
     assert result.metrics is not None
-    return _between(list(map(float, ends))), str(result.metrics["weights_digest"])
+    return Side(_between(list(map(float, ends))), result.metrics["loss"], result.metrics["weights_digest"])
 
 
 def _between(ends: list[float]) -> list[float]:
@@ -146,23 +163,27 @@ def measure(shape: Shape) -> None:
 
     from ray_dnn.engine.numerics import environment
 
-    alone: Callable[..., Any] = ray.remote(plain).options(
-        num_gpus=1, max_calls=1, runtime_env={"env_vars": environment(config(shape))}
-    )
-    sides = {f"PyTorch, {shape.workers} pieces": ray.get(alone.remote(shape, shape.workers))}
+    alone = ray.remote(plain).options(num_gpus=1, runtime_env={"env_vars": environment(config(shape))})
+    sides = {"PyTorch, the whole batch at once": ray.get(alone.remote(shape, 1))}
     if shape.workers > 1:
-        sides = {"PyTorch, the whole batch at once": ray.get(alone.remote(shape, 1)), **sides}
-    digests = {}
-    for agents in (1, 2)[: shape.workers]:
-        name = f"ray_dnn, {agents} agent{'s on half a GPU each' if agents > 1 else ''}"
-        sides[name], digests[name] = ours(shape, agents)
-    base = median(next(iter(sides.values())))
+        sides[f"PyTorch, {shape.workers} pieces"] = ray.get(alone.remote(shape, shape.workers))
+    sides["ray_dnn, 1 agent"] = ours(shape, 1)
+    if shape.workers > 1:
+        sides["ray_dnn, 2 agents on half a GPU each"] = ours(shape, 2)
+    base = median(next(iter(sides.values())).seconds)
     rows = [
-        (name, spread([1e3 * s for s in seconds], "ms"), f"{median(seconds) / base:.2f}", digests.get(name, "–")[:16])
-        for name, seconds in sides.items()
+        (
+            name,
+            spread([1e3 * s for s in side.seconds], "ms"),
+            f"{median(side.seconds) / base:.2f}",
+            f"{side.loss:.6f}",
+            side.digest[:16],
+        )
+        for name, side in sides.items()
     ]
-    print("\n".join(lines(("", "a step", "to PyTorch's", "weights_digest"), rows)))
-    print("\nThe digests are equal." if len(set(digests.values())) == 1 else "\nTHE DIGESTS DIFFER.")
+    print("\n".join(lines(("", "a step", "to the first", "loss of the last step", "weights_digest"), rows)))
+    digests = {side.digest for side in sides.values()} - {"–"}
+    print("\nThe digests are equal." if len(digests) == 1 else "\nTHE DIGESTS DIFFER.")
 
 
 def main() -> None:
@@ -190,7 +211,9 @@ def main() -> None:
 
         from benchmarks import results
 
-        print(f"{torch.cuda.get_device_name()}; {results.machine()}\n{shape}\n", flush=True)
+        host = results.machine().replace(", no accelerator", "")
+        print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {host}\n{shape}\n", flush=True)
+        logging.getLogger("ray_dnn").addHandler(logging.NullHandler())  # so that runs do not tell their progress
         ray.init(address="local", num_gpus=1, include_dashboard=False, log_to_driver=False)
         try:
             measure(shape)
