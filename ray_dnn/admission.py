@@ -62,6 +62,8 @@ class Admission:
                 if self._deterministic:
                     return self._refuse(replica, rank)
                 same = self.exact = False
+            if not self._deterministic and built.profile["device"] != "cpu":
+                same = self.exact = False  # its kernels may give other bits each time
         for name, built in zip(replica.names, replica.built, strict=True):
             assert built is not None
             self._log.add(AgentAdmitted(name, built.seconds, built.profile, same))

@@ -31,6 +31,7 @@ from ray_dnn.engine import codec, numerics
 from ray_dnn.engine.audit import ConvictedError
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.contribute import Contributor, guarded
+from ray_dnn.engine.device import of_agent
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.follow import CHANNEL as FOLLOWERS
 from ray_dnn.engine.follow import Follower
@@ -51,7 +52,7 @@ from ray_dnn.network import Network
 from ray_dnn.parallel import ReplicaGroup, set_current_group
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
-from ray_dnn.portable import portable
+from ray_dnn.portable import in_host, portable
 from ray_dnn.strategies.base import Strategy
 from ray_dnn.watcher import StatusMemory, own_start
 
@@ -331,7 +332,7 @@ class Agent:
         try:
             ended: Ended = task.result()
             if isinstance(ended, Failed) and self.engine is not None:
-                ended = replace(ended, seen=self.engine.contributor.seen, reports=tuple(self._pending()))
+                ended = replace(ended, seen=self._seen(self.engine), reports=tuple(self._pending()))
             return ended
         except CancelledError:
             return Left()
@@ -429,7 +430,8 @@ class Agent:
         self.marks.enter(Phase.BUILDING)
         started = time.perf_counter()
         postpone_compiler()
-        profile = numerics.enforce(job.config)
+        device = of_agent(len(ray.get_gpu_ids()))
+        profile = numerics.enforce(job.config, device)
         mesh = None
         if len(group) > 1:
             mesh = Mesh(0, rank, len(group), _GROUP_CHANNEL, moved=self.marks.moved)
@@ -438,13 +440,13 @@ class Agent:
         set_current_group(self._group)
         self._state = state = guarded(
             f"build_model or build_optimizer, agent {self.name}",
-            lambda: TrainingState(job.spec, job.config, _beginning(job.begun)),
+            lambda: TrainingState(job.spec, job.config, _beginning(job.begun), device),
         )
         self._founded_on = job.resume or (job.begun if job.begun is not None and job.begun.all else None)
         state.step = job.first_rows
         collate = job.spec.collate or default_collate
         config = job.config
-        source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows)
+        source = BatchSource(self._supply, collate, config.seed, config.microbatch_size, config.min_rows, device)
         if job.watch is None:
             contributor = Contributor(state, job.strategy, source)
         else:
@@ -496,8 +498,7 @@ class Agent:
                 return Stopped(engine.state.step, command)
             self.marks.enter(Phase.FINISHING, engine.state.step)
             weights = codec.weights_digest(self._state.weights(self._group))
-            seen = engine.contributor.seen
-            return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()), seen)
+            return Stopped(engine.state.step, None, weights, codec.digest(self._state.export()), self._seen(engine))
         except PeerLostError as error:
             inside = error.channel == _GROUP_CHANNEL
             peer = None if inside else generation.names[error.peer]
@@ -531,6 +532,11 @@ class Agent:
         engine.states.settle(mesh, generation.plan)
         engine.enter(generation.number, mesh, generation.plan, generation.names)
         return formed
+
+    def _seen(self, engine: Engine) -> dict[tuple[int, int, int], Any]:
+        """What the user made of contributions, for the driver, which has no GPU."""
+        seen: dict[tuple[int, int, int], Any] = in_host(engine.contributor.seen, engine.state.device)
+        return seen
 
     def _pending(self) -> list[Report]:
         with self._changed:

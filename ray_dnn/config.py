@@ -51,7 +51,8 @@ class TrainSpec:
     """The functions that make up a job. They run in the agents; none may keep state outside of the model.
 
     Attributes:
-        model: ``() -> nn.Module``. Called on every agent under the job's seed.
+        model: ``() -> nn.Module``. Called on every agent under the job's seed, in host memory; then moved to the
+            agent's GPU, if it has one.
         optimizer: ``(nn.Module) -> Optimizer``, or to a dict of them, updated in order with one combine each (GANs).
         loss: ``(nn.Module, batch) -> Tensor``, the mean over the rows, or ``-> Loss``. A dict with the optimizers' keys
             where there are several optimizers.
@@ -59,7 +60,7 @@ class TrainSpec:
         evaluate: ``(nn.Module, batch) -> dict[str, Tensor]``: row means, or ``(total, weight)`` pairs. Runs in eval
             mode without gradients.
         collate: ``(rows: pyarrow.Table, torch.Generator) -> batch``, any pytree of tensors. By default a dict of one
-            tensor a column.
+            tensor a column. Works in host memory; the batch is moved to the agent's GPU, if it has one.
         after_update: ``(nn.Module, extra_state, step) -> None``: EMA, target networks.
         extra_state: ``(nn.Module) -> dict[str, Stateful]``: saved, moved and digested with the rest.
         stop: ``(evaluation history) -> bool``, pure: early stopping. The history is a list of dicts of numbers, each
@@ -115,8 +116,8 @@ class TrainConfig:
         cpu_isa: the widest vector instructions that are used. "avx2" gives the same bits on nearly every x86 machine
             at no cost in fp32; "native" whatever the machine has; "auto" is "avx2", or "native" for bf16, which AVX2
             computes about 50 times slower.
-        deterministic: False admits agents whose arithmetic differs. Membership, batch and ledger still hold, bits do
-            not, and the result says so.
+        deterministic: False admits agents whose arithmetic differs, and operations that have no deterministic kernel on
+            a GPU. Membership, batch and ledger still hold, bits do not, and the result says so.
     """
 
     batch_size: int

@@ -72,7 +72,12 @@ def check_scaling(given: ScalingConfig, config: TrainConfig, replica_size: int, 
             f"{shown}: {type(strategy).__name__} keeps mirrored worker states, which need a second agent to hold the "
             f"mirror. Use at least {2 * replica_size}."
         )
-    for name, why in (("use_gpu", "GPUs are"), ("use_tpu", "TPUs are"), ("topology", "TPUs are")):
+    if scaling.num_gpus_per_worker > 1:
+        raise ConfigError(
+            f"ScalingConfig(use_gpu=True, resources_per_worker={scaling.resources_per_worker}): an agent computes on "
+            "one GPU. Use more agents, with at most 1 GPU each."
+        )
+    for name, why in (("use_tpu", "TPUs are"), ("topology", "TPUs are")):
         if getattr(scaling, name):
             value = getattr(scaling, name)
             raise ConfigError(f"ScalingConfig({name}={value!r}): {why} not supported yet. Leave it out.")

@@ -48,7 +48,7 @@ class ReplicaGroup:
         if self._mesh is None:
             return [tensor.detach()]
         with self._marks.during(Phase.GATHERING):
-            return [decode(raw) for raw in self._mesh.gather_variable(encode(tensor.detach()))]
+            return [decode(raw).to(tensor.device) for raw in self._mesh.gather_variable(encode(tensor.detach()))]
 
     def minimum(self, number: int) -> int:
         """The smallest of everybody's numbers."""
@@ -102,7 +102,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, group: R
     )
     squares = squares.square()
     if group.size > 1:
-        divided = torch.tensor([shard_dim(p) is not None for p, _ in gradients])
+        divided = torch.tensor([shard_dim(p) is not None for p, _ in gradients], device=squares.device)
         squares = torch.where(divided, group.all_reduce(squares), squares)
     norm = squares.sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

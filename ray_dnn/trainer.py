@@ -56,7 +56,8 @@ class Trainer:
             PyTorch datasets.
         config: the job's numbers.
         strategy: what virtual workers compute and what is done with the result.
-        scaling_config: Ray Train's own class. ``num_workers=(least, most)`` agents, or one number.
+        scaling_config: Ray Train's own class. ``num_workers=(least, most)`` agents, or one number; ``use_gpu=True``
+            has each compute on a GPU, or on the share of one that ``resources_per_worker`` says.
         run_config: Ray Train's own class: name, storage, environment of the agents.
         replica_size: agents that together hold one replica of the model (see `ray_dnn.parallel`).
         patience: how long agents that hang are waited for.

@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +82,7 @@ class Job:
     Attributes:
         rows, validation: the datasets.
         preload: modules that are imported before agents are forked.
+        device: that agents compute on.
     """
 
     spec: TrainSpec
@@ -91,6 +92,7 @@ class Job:
     strategy: Strategy = field(default_factory=DataParallel)
     audit: Audit | None = None
     preload: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def order(self) -> Counted:
@@ -103,6 +105,12 @@ class Job:
 
 
 Make = Callable[[], Job]  # can be pickled
+
+
+def pretended(make: Make) -> Job:
+    """A job whose agents compute on a device that is none (see `tests.pretend`)."""
+    job = make()
+    return replace(job, device="pretend:0", preload=("tests.pretend", *job.preload))
 
 
 class TableSupply:
@@ -134,9 +142,10 @@ class TableSupply:
 def contributor(job: Job) -> Contributor:
     """The job, built in this process."""
     assert job.spec.collate is not None
-    config = job.config
-    source = BatchSource(TableSupply(job), job.spec.collate, config.seed, config.microbatch_size, config.min_rows)
-    return Contributor(TrainingState(job.spec, config), job.strategy, source)
+    config, device = job.config, torch.device(job.device)
+    sizes = config.microbatch_size, config.min_rows
+    source = BatchSource(TableSupply(job), job.spec.collate, config.seed, *sizes, device)
+    return Contributor(TrainingState(job.spec, config, device=device), job.strategy, source)
 
 
 # -- an agent's process ----------------------------------------------------------------------------------------------
@@ -367,7 +376,7 @@ class Agent:
 
     def build(self, make: Make, twice: bool) -> FirstContribution:
         job = make()
-        numerics.enforce(job.config)
+        numerics.enforce(job.config, torch.device(job.device))
         made = contributor(job)
         first = first_contribution(made, twice)
         evaluator = None

@@ -26,6 +26,7 @@ for kind in (torch.optim.AdamW, torch.optim.SGD):
     schedule.step()
     optimizer.zero_grad()
     optimizer.load_state_dict(optimizer.state_dict())
+assert not hasattr(sys.modules["torch._dynamo"], "__file__")  # as inspect.getmodule asks
 assert "sympy" not in sys.modules, "the compiler was loaded"
 """
 USES = {

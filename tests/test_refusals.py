@@ -68,7 +68,8 @@ def test_what_is_no_function_is_named(field: str) -> None:
         ({"load": "optimizer"}, "load='optimizer'"),
         ({"scaling_config": ScalingConfig(num_workers=0)}, "Use at least 1"),
         ({"scaling_config": ScalingConfig(num_workers=9)}, "work for at most 8 agents"),
-        ({"scaling_config": ScalingConfig(num_workers=2, use_gpu=True)}, "use_gpu=True"),
+        ({"scaling_config": ScalingConfig(use_gpu=True, resources_per_worker={"GPU": 2})}, "computes on one GPU"),
+        ({"scaling_config": ScalingConfig(use_tpu=True)}, "use_tpu=True"),
         (
             {
                 "scaling_config": ScalingConfig(
@@ -107,6 +108,18 @@ def test_fields_of_ray_train_that_can_be_honoured_are() -> None:
     assert [places.selector(slot) for slot in range(places.slots)] == [{"zone": "a"}, {"zone": "!b"}]
     assert places.runtime_env["env_vars"]["MINE"] == "1"
     assert places.runtime_env["env_vars"]["ATEN_CPU_CAPABILITY"] == "avx2"
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked"),
+    [(None, {"GPU": 1.0}), ({"CPU": 2}, {"CPU": 2.0, "GPU": 1.0}), ({"GPU": 0.5}, {"GPU": 0.5})],
+)
+def test_gpus_are_asked_for_as_ray_train_does(resources: dict[str, float] | None, asked: dict[str, float]) -> None:
+    scaling = ScalingConfig(num_workers=2, use_gpu=True, resources_per_worker=resources)
+    job = Trainer(TrainSpec(**SPEC), {"train": None}, TrainConfig(32, epochs=1), scaling_config=scaling)
+    places = job._limits().places(job.run_config, job.config)
+    assert places.resources == asked
+    assert places.runtime_env["env_vars"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 class Compiled(nn.Module):

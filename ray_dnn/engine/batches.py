@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ray_dnn.engine.device import CPU
 from ray_dnn.engine.rng import generator
 from ray_dnn.sampler import NUMBERS, Rows, split_micro
 from ray_dnn.strategies.base import Batch, Micro
@@ -45,12 +46,22 @@ class BatchSource:
         waited_s: how long rows were waited for, in all.
     """
 
-    def __init__(self, supply: Supply, collate: Collate, seed: int, microbatch_size: int | None, min_rows: int):
+    def __init__(
+        self,
+        supply: Supply,
+        collate: Collate,
+        seed: int,
+        microbatch_size: int | None,
+        min_rows: int,
+        device: torch.device = CPU,
+    ):
+        """``device``: where batches are computed with."""
         self._supply = supply
         self._collate = collate
         self._seed = seed
         self._microbatch_size = microbatch_size
         self._min_rows = min_rows
+        self._device = device
         self.prefetch = supply.prefetch
         self.waited_s = 0.0
 
@@ -82,7 +93,7 @@ class BatchSource:
             micros, begin = [], at
             for number, size in enumerate(split_micro(count, self._microbatch_size, self._min_rows)):
                 rng = generator("collate", self._seed, step, worker, index, number)
-                micros.append(Micro(align(self._collate(table.slice(at, size), rng)), size))
+                micros.append(Micro(placed(self._collate(table.slice(at, size), rng), self._device), size))
                 at += size
             out.append(Batch(micros, ids[begin:at]))
         return out
@@ -108,17 +119,22 @@ def as_numpy(array: pa.Array) -> Any:
     return np.from_dlpack(array)
 
 
-def align(data: Any) -> Any:
-    """Copy tensors that do not start at a multiple of 64 bytes: kernels choose their path by address."""
+def placed(data: Any, device: torch.device = CPU) -> Any:
+    """A batch as it is computed with: in memory that is aligned to 64 bytes, for kernels choose their path by address.
+
+    Where a GPU computes: in its memory, which is. Whatever has a method ``to`` is moved by it.
+    """
+    if device != CPU and callable(getattr(data, "to", None)):
+        return data.to(device)
     if isinstance(data, torch.Tensor):
         return data.clone() if data.data_ptr() % 64 else data
     if type(data) in (list, tuple):
-        return type(data)(align(item) for item in data)
+        return type(data)(placed(item, device) for item in data)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(align(item) for item in data))
+        return type(data)(*(placed(item, device) for item in data))
     if isinstance(data, MutableMapping):
         for key, value in list(data.items()):
-            data[key] = align(value)
+            data[key] = placed(value, device)
     elif is_dataclass(data) and not isinstance(data, type):
-        vars(data).update({name: align(value) for name, value in vars(data).items()})  # frozen ones too
+        vars(data).update({name: placed(value, device) for name, value in vars(data).items()})  # frozen ones too
     return data

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ray_dnn.comm.exchange import Vector
+from ray_dnn.engine.device import CPU
 from ray_dnn.engine.layout import Layout
 from ray_dnn.errors import ConfigError
 
@@ -84,7 +85,7 @@ class Buffers:
             if name not in changed:
                 target.zero_()
                 continue
-            old, new = self._owned[name].committed, self._present(name)
+            old, new = self._owned[name].committed.to(CPU), self._present(name).to(CPU)
             same = (new == old) | (new.isnan() & old.isnan())
             # where() before the subtraction's result is used: inf - inf would be NaN in elements that did not change.
             if bool((~same & ~old.isfinite()).any()):
@@ -96,16 +97,16 @@ class Buffers:
             torch.mul(delta, weight, out=target)
 
     def values(self, names: list[str]) -> list[torch.Tensor]:
-        """Copies of present values."""
-        return [self._present(name).detach().clone() for name in names]
+        """Copies of present values, in host memory."""
+        return [self._present(name).detach().to(CPU, copy=True) for name in names]
 
     def apply(self, changed: set[str], sums: Vector, weight: float, values: dict[str, torch.Tensor]) -> None:
         """Move the committed values by the combined changes (``sums / weight``), or to the given ``values``."""
         for name in self.floats:
             if name in changed and weight > 0:
                 committed = self._owned[name].committed
-                moved = committed.to(sums[self.layout.slots[name].lane].dtype) + self.layout.view(sums, name) / weight
-                committed.copy_(moved)
+                change = self.layout.view(sums, name) / weight
+                committed.copy_(committed.to(CPU, change.dtype) + change)
         for name, value in values.items():
             self._owned[name].committed.copy_(value)
         self.restore()

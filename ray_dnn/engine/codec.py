@@ -86,8 +86,8 @@ class Outline:
     def memory(self, home: Tree = None) -> list[torch.Tensor]:
         """Tensors for the large ones of the tree to be copied to, as they lay in memory there.
 
-        Where ``home`` has a tensor of the same shape, dtype and strides at the same place, it is that one; else it is
-        a fresh one.
+        Where ``home`` has a tensor of the same shape, dtype and strides at the same place, in host memory, it is that
+        one; else it is a fresh one.
         """
         found: list[torch.Tensor] = []
         _find_memory(self._spec, home, found)
@@ -115,7 +115,9 @@ def _find_memory(spec: Any, home: Tree, found: list[torch.Tensor]) -> None:
 
 
 def _is_like(tensor: Tree, name: str, shape: list[int], strides: list[int] | None) -> bool:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != getattr(torch, name) or list(tensor.shape) != shape:
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+        return False
+    if tensor.dtype != getattr(torch, name) or list(tensor.shape) != shape:
         return False
     return tensor.is_contiguous() if strides is None else list(tensor.stride()) == strides
 

@@ -17,6 +17,7 @@ from ray_dnn.engine import codec
 from ray_dnn.engine.batches import BatchSource
 from ray_dnn.engine.layout import Layout
 from ray_dnn.engine.loss import Pairs
+from ray_dnn.engine.numerics import without_kernel
 from ray_dnn.engine.outlet import Outlet, Ready
 from ray_dnn.engine.records import NONFINITE_LOSS, RecordFormat
 from ray_dnn.engine.rng import generator, seed_everything
@@ -202,12 +203,21 @@ def to_record(form: RecordFormat, given: Given, state_bytes: int) -> NDArray[np.
 
 
 def guarded(where: str, call: Callable[[], T]) -> T:
-    """Run user code; what it raises becomes a `UserCodeError` that says where, with the user's exception as cause."""
+    """Run user code; what it raises becomes a `UserCodeError` that says where, with the user's exception as cause.
+
+    Raises:
+        ConfigError: an operation in it has no deterministic kernel.
+    """
     try:
         return call()
     except RayDnnError:
         raise
     except Exception as error:
+        if operation := without_kernel(error):
+            raise ConfigError(
+                f"{operation} in {where}: torch has no deterministic kernel for it here. Use another operation, or "
+                "give up equal bits with TrainConfig(deterministic=False)."
+            ) from error
         raise UserCodeError(f"{type(error).__name__} in {where}", traceback.format_exc()) from error
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine import codec
-from ray_dnn.engine.batches import Collate, align
+from ray_dnn.engine.batches import Collate, placed
 from ray_dnn.engine.contribute import guarded
 from ray_dnn.engine.loss import Pairs, as_pairs
 from ray_dnn.engine.rng import generator, seed_everything
@@ -102,7 +102,7 @@ class Evaluator:
         rng = generator("evaluate collate", state.config.seed, name, piece)
 
         def call() -> Pairs:
-            batch: Any = align(self._collate(table, rng))
+            batch: Any = placed(self._collate(table, rng), state.device)
             return as_pairs(evaluate(state.model, batch), table.num_rows, "evaluate")
 
         first = piece * self._piece

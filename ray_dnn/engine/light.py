@@ -30,6 +30,8 @@ class _StandIn(ModuleType):
         """There is no graph to break."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # `inspect` and others ask all modules for `__file__`
+            raise AttributeError(name)
         return getattr(_real(), name)
 
 

@@ -26,6 +26,9 @@ from ray_dnn.strategies.base import Batch, Strategy, WorkerState
 class Seen:
     """What one virtual worker contributed in the step that is looked at.
 
+    Where a GPU computes, model, batches and activations are in its memory. What `Look` returns comes back in
+    the host's.
+
     Attributes:
         step, worker: whose contribution it is.
         phase: the optimizer whose turn it was, for jobs with several.

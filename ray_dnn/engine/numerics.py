@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ray_dnn.config import TrainConfig
+from ray_dnn.engine.device import CPU, describe
 from ray_dnn.errors import ConfigError
 
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -43,12 +45,13 @@ class Profile:
     mkl: bool
     mkldnn: bool
     deterministic: bool
+    device: str
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def enforce(config: TrainConfig) -> Profile:
+def enforce(config: TrainConfig, device: torch.device = CPU) -> Profile:
     """Put the profile in force in the calling thread, the one that will compute, and say what came of it.
 
     Raises:
@@ -71,6 +74,7 @@ def enforce(config: TrainConfig) -> Profile:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = config.deterministic
     return Profile(
         torch=torch.__version__,
         machine=platform.machine(),
@@ -79,4 +83,11 @@ def enforce(config: TrainConfig) -> Profile:
         mkl=torch.backends.mkl.is_available(),
         mkldnn=torch.backends.mkldnn.is_available(),
         deterministic=config.deterministic,
+        device=describe(device),
     )
+
+
+def without_kernel(error: Exception) -> str | None:
+    """The operation that has no deterministic kernel where it was to be computed, if this is torch saying so."""
+    found = re.match(r"(.+?) does not have a deterministic implementation", str(error))
+    return found[1] if found and isinstance(error, RuntimeError) else None

@@ -17,6 +17,7 @@ import torch
 
 from ray_dnn.engine import codec
 from ray_dnn.engine.contribute import Contributor
+from ray_dnn.engine.device import CPU
 from ray_dnn.errors import HiddenStateError
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -79,8 +80,9 @@ def _again(contributor: Contributor, tree: codec.Tree, before: dict[str, str], c
             "computed it would know of that. Change parameters in after_update."
         )
     difference = codec.first_difference(tree, second)
-    if difference is None:
-        return changed
+    state = contributor.state
+    if difference is None or (state.device != CPU and not state.config.deterministic):
+        return changed  # kernels of a GPU may themselves give other bits each time
     hint = f"Changed meanwhile: {', '.join(changed)}." if changed else "Nothing that could be inspected changed."
     raise HiddenStateError(
         f"The first contribution, computed a second time, had other bits in {difference}. The job keeps state outside "

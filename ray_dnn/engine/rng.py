@@ -17,6 +17,8 @@ def seed_everything(*place: int | str) -> None:
     np.random.seed(seed % 2**32)
     # Not torch.manual_seed: it takes down the stack for each kind of device that is not there, about a millisecond.
     torch.default_generator.manual_seed(seed % 2**63)
+    if torch.cuda.is_initialized():  # in an agent that computes on a GPU
+        torch.cuda.manual_seed_all(seed % 2**63)
 
 
 def generator(*place: int | str) -> torch.Generator:

@@ -13,6 +13,7 @@ from torch import nn
 from ray_dnn.config import TrainConfig, TrainSpec
 from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.buffers import Buffers
+from ray_dnn.engine.device import CPU, all_in_host, like, move, to_device
 from ray_dnn.engine.gradients import Accumulator, Handing
 from ray_dnn.engine.loss import GradientSums, Pairs, add_pairs, as_pairs, as_sum, number
 from ray_dnn.engine.outlet import Outlet
@@ -56,12 +57,20 @@ class TrainingState:
         step: committed steps.
         phase: whose turn it is inside a step.
         config, spec: of the job.
+        device: where the model is.
     """
 
-    def __init__(self, spec: TrainSpec, config: TrainConfig, begin: Callable[[nn.Module], None] | None = None):
+    def __init__(
+        self,
+        spec: TrainSpec,
+        config: TrainConfig,
+        begin: Callable[[nn.Module], None] | None = None,
+        device: torch.device = CPU,
+    ):
         """``begin``: sets the model's weights, where it does not begin with those that it is built with."""
         self.spec = spec
         self.config = config
+        self.device = device
         self.step = 0
         seed_everything("model", config.seed)
         self.model = spec.model()
@@ -69,6 +78,7 @@ class TrainingState:
         _align(self.model)
         if begin is not None:
             begin(self.model)
+        move(self.model, device)
         self.parameters = dict(self.model.named_parameters())
         self.buffers = Buffers(self.model)
         made = spec.optimizer(self.model)
@@ -120,7 +130,7 @@ class TrainingState:
     def autocast(self) -> Iterator[None]:
         """The job's precision."""
         dtype = _AUTOCAST.get(self.config.precision)
-        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
     @contextlib.contextmanager
@@ -191,9 +201,23 @@ class TrainingState:
             "loss_scale": vars(self.loss_scale) if self.loss_scale else None,
         }
 
+    def counters(self) -> dict[str, dict[str, list[str]]]:
+        """What of the optimizers' state is in host memory wherever parameters are, by optimizer and parameter."""
+        return {
+            key: {
+                name: [k for k, value in optimizer.state[p].items() if all_in_host(value)]
+                for name, p in self.parameters.items()
+                if p in optimizer.state
+            }
+            for key, optimizer in self.optimizers.items()
+        }
+
     @torch.no_grad()
-    def load(self, tree: codec.Tree) -> None:
-        """Take over what another agent exported. What is not in this state's own memory yet is copied there."""
+    def load(self, tree: codec.Tree, counters: Mapping[str, Mapping[str, list[str]]] | None = None) -> None:
+        """Take over what another agent exported. What is not in this state's own memory yet is copied there.
+
+        ``counters``: of that agent; None: its CPU computes.
+        """
         self.step = tree["step"]
         for name, parameter in self.parameters.items():
             _take(parameter, tree["parameters"][name])
@@ -201,11 +225,13 @@ class TrainingState:
             _take(self.buffers.committed(name), tree["buffers"][name])
         self.buffers.restore()
         for key, optimizer in self.optimizers.items():
-            _load_optimizer(key, optimizer, self.parameters, tree["optimizers"][key])
+            there = counters[key] if counters is not None else None
+            _load_optimizer(key, optimizer, self.parameters, tree["optimizers"][key], there)
         for key, scheduler in self.schedulers.items():
             scheduler.load_state_dict(tree["schedulers"][key])
         for key, item in self.extra.items():
-            item.load_state_dict(tree["extra"][key])
+            theirs = tree["extra"][key]
+            item.load_state_dict(theirs if self.device == CPU else like(theirs, item.state_dict()))
         if self.loss_scale:
             vars(self.loss_scale).update(tree["loss_scale"])
 
@@ -221,7 +247,7 @@ class TrainingState:
 
 
 def _take(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    if mine.data_ptr() != theirs.data_ptr():
+    if mine.device != theirs.device or mine.data_ptr() != theirs.data_ptr():
         mine.copy_(theirs)
 
 
@@ -294,17 +320,32 @@ def _export_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def _load_optimizer(
-    key: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tree: codec.Tree
+    key: str,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tree: codec.Tree,
+    counters: Mapping[str, list[str]] | None,
 ) -> None:
-    """Set the state as it is. ``Optimizer.load_state_dict`` would cast it to the parameters' dtypes."""
+    """Set the state as it is. ``Optimizer.load_state_dict`` would cast it to the parameters' dtypes.
+
+    It goes to where the parameter is, but for ``counters``, by parameter.
+    """
     if tree["names"] != _group_names(optimizer, parameters):
         raise ConfigError(f"The parameters in the groups of {key} are others than on the agent that sent its state.")
     optimizer.state.clear()
-    for name, entries in tree["state"].items():
-        optimizer.state[parameters[name]] = dict(entries)
-    optimizer.state.update(tree["shared"])
     for group, values in zip(optimizer.param_groups, tree["groups"], strict=True):
-        group.update(values)
+        group.update(like(values, group))
+    for name, entries in tree["state"].items():
+        parameter = parameters[name]
+        stay = counters[name] if counters is not None else _counters_of(optimizer, parameter)
+        optimizer.state[parameter] = {k: v if k in stay else to_device(v, parameter.device) for k, v in entries.items()}
+    optimizer.state.update(tree["shared"])
+
+
+def _counters_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[str]:
+    """What torch's optimizers keep in host memory, as ``Optimizer.load_state_dict`` has it."""
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return [] if group.get("fused") or group.get("capturable") else ["step"]
 
 
 def _group_names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:

@@ -17,6 +17,7 @@ from ray_dnn.config import Audit
 from ray_dnn.engine import codec, unmoved
 from ray_dnn.engine.audit import Auditor
 from ray_dnn.engine.contribute import Contributor, Given, Leaf, finite, guarded, to_record
+from ray_dnn.engine.device import CPU
 from ray_dnn.engine.evaluate import Evaluator
 from ray_dnn.engine.folding import Folding
 from ray_dnn.engine.lead import Leader
@@ -291,7 +292,8 @@ class Engine:
             view = codec.tensor_bytes(value)
             self.mesh.exchange({peer: [view] for peer in self.mesh.peers}, {})
             return value
-        value = torch.empty_like(self.state.buffers.committed(name), memory_format=torch.contiguous_format)
+        there = self.state.buffers.committed(name)
+        value = torch.empty(there.shape, dtype=there.dtype)
         self.mesh.exchange({}, {host: [codec.tensor_bytes(value)]})
         return value
 
@@ -381,7 +383,8 @@ class Engine:
                 for lane, mean in zip(out, means.vector, strict=True):
                     torch.div(lane, round_.weight, out=mean)
             seed_everything("apply", state.config.seed, state.step, state.phase)
-            combined = Combined({n: slot for n, slot in means.slots.items() if n in touched}, round_.weight)
+            there = {n: slot.to(state.device) for n, slot in means.slots.items() if n in touched}
+            combined = Combined(there, round_.weight)
             guarded(f"optimizer, step {state.step}", lambda: self.contributor.strategy.apply(state, combined))
             self._folding.give_back(state.phase, means)
         with torch.no_grad():
@@ -442,7 +445,8 @@ class Engine:
     def export(self) -> codec.Tree:
         """Everything that is committed but the states of virtual workers, as a tree."""
         state = self.state
-        return {"state": state.export(), "phase": state.phase, "partial": self.partial, "history": self.history}
+        tree = {"state": state.export(), "phase": state.phase, "partial": self.partial, "history": self.history}
+        return tree if state.device == CPU else tree | {"counters": state.counters()}
 
     def home(self) -> codec.Tree:
         """Where what another agent exported may be received: the memory that is this agent's own for good."""
@@ -451,7 +455,7 @@ class Engine:
 
     def load(self, tree: codec.Tree) -> None:
         """Take over what another agent exported."""
-        self.state.load(tree["state"])
+        self.state.load(tree["state"], tree.get("counters"))
         self.state.phase, self.partial = tree["phase"], tree["partial"]
         self.history[:] = tree["history"]
         self.last = None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ray_dnn.comm.mesh import Mesh
 from ray_dnn.engine import codec
+from ray_dnn.engine.device import to_device
 from ray_dnn.engine.state import TrainingState
 from ray_dnn.errors import AgentLostError
 from ray_dnn.plan import Plan
@@ -109,8 +110,8 @@ class WorkerStates:
                 self._committed[worker] = state.numpy().tobytes()
 
     def of(self, worker: int) -> WorkerState:
-        """A worker's committed state, in memory of its own."""
-        return None if self.kind == "none" else codec.decode(self._committed[worker])
+        """A worker's committed state, in memory of its own, on the device of the model."""
+        return None if self.kind == "none" else to_device(codec.decode(self._committed[worker]), self._state.device)
 
     def pack(self, state: WorkerState) -> bytes:
         return b"" if self.kind == "none" else codec.encode(state, "the worker state")

@@ -73,8 +73,9 @@ class Combined:
     """The sum of all contributions.
 
     Attributes:
-        means: by name ``sum of sums / sum of weights``, for the names that at least one worker touched. Views into a
-            vector that the strategy may change, and that is used again when `Strategy.apply` has returned.
+        means: by name ``sum of sums / sum of weights``, for the names that at least one worker touched, on the device
+            of the model. In a vector that the strategy may change, and that is used again when `Strategy.apply` has
+            returned.
         weight: the sum of the weights, above 0.
     """
 
@@ -125,9 +126,9 @@ class Strategy:
 
         Args:
             state: the committed state; ``state.phase`` says which optimizer's turn it is.
-            worker_state: of this virtual worker.
+            worker_state: of this virtual worker; its tensors are on the device of the model.
             batches: ``local_batches`` of them (fewer at the end of an epoch), some of which may have no rows.
-            rng: seeded by (seed, step, worker), as are the global generators.
+            rng: seeded by (seed, step, worker), as are the global generators. It draws in host memory.
         """
         raise NotImplementedError
 
