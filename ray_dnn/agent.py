@@ -439,7 +439,8 @@ class Agent:
         self._group = ReplicaGroup(mesh, self.marks)
         set_current_group(self._group)
         self._state = state = guarded(
-            f"build_model or build_optimizer, agent {self.name}",
+            "build_model or build_optimizer",
+            f"agent {self.name}",
             lambda: TrainingState(job.spec, job.config, _beginning(job.begun), device),
         )
         self._founded_on = job.resume or (job.begun if job.begun is not None and job.begun.all else None)

@@ -34,17 +34,20 @@ class UserCodeError(RayDnnError):
     """A function that the user gave raised.
 
     Attributes:
-        where: what was running, e.g. ``"loss"`` or ``"build_model"``, with agent, step, virtual worker and rows.
+        error: the name of what it raised.
+        function: which one, e.g. ``"loss"`` or ``"collate"``.
+        where: agent, step, virtual worker and rows, as far as there are any.
         remote_traceback: the traceback as the agent saw it.
     """
 
-    def __init__(self, where: str, remote_traceback: str):
-        super().__init__(f"{where}\n\n{remote_traceback}")
-        self.where = where
+    def __init__(self, error: str, function: str, where: str, remote_traceback: str):
+        place = f"{function}, {where}" if where else function
+        super().__init__(f"{error} in {place}\n\n{remote_traceback}")
+        self.error, self.function, self.where = error, function, where
         self.remote_traceback = remote_traceback
 
-    def __reduce__(self) -> tuple[type[UserCodeError], tuple[str, str]]:
-        return (type(self), (self.where, self.remote_traceback))
+    def __reduce__(self) -> tuple[type[UserCodeError], tuple[str, str, str, str]]:
+        return (type(self), (self.error, self.function, self.where, self.remote_traceback))
 
 
 class DataError(RayDnnError):

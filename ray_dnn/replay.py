@@ -173,7 +173,7 @@ def _finished(only: Trainer, handle: Handle, step: int) -> tuple[Outcome, Result
     except TrainingFailedError:
         outcome = handle._ended()
         own = isinstance(outcome.error, NonFiniteError | UserCodeError)
-        looked = isinstance(outcome.error, UserCodeError) and " in look, " in outcome.error.where
+        looked = isinstance(outcome.error, UserCodeError) and outcome.error.function == "look"
         if not own or looked or outcome.step != step:
             raise
         return outcome, None

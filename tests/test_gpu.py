@@ -242,7 +242,7 @@ def test_an_operation_without_deterministic_kernel_is_refused_by_name() -> None:
     torch.set_deterministic_debug_mode("error")
     try:
         with pytest.raises(ConfigError, match=r"put_ in loss, agent a: .*deterministic=False"):
-            guarded("loss, agent a", lambda: torch.zeros(3).put_(torch.tensor([1]), torch.ones(1)))
+            guarded("loss", "agent a", lambda: torch.zeros(3).put_(torch.tensor([1]), torch.ones(1)))
     finally:
         torch.set_deterministic_debug_mode(before)
 
@@ -251,9 +251,9 @@ def test_running_out_of_memory_is_an_error_of_the_job_that_says_where() -> None:
     def loss() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    where = "loss, agent agent-1, step 3, virtual worker 2, rows [1, 2]"
+    where = "agent agent-1, step 3, virtual worker 2, rows [1, 2]"
     with pytest.raises(UserCodeError, match="OutOfMemoryError in loss, agent agent-1, step 3") as caught:
-        guarded(where, loss)
+        guarded("loss", where, loss)
     cause = caught.value.__cause__
     assert isinstance(cause, torch.OutOfMemoryError)
     assert "20.00 GiB" in str(portable(cause))

@@ -130,14 +130,14 @@ class Contributor:
         where = f"agent {agent or '?'}, step {state.step}, virtual worker {worker}"
         seed_everything("collate", state.config.seed, state.step, worker)
         with self.marks.during(Phase.READING):
-            batches = guarded(f"collate, {where}", lambda: self.source.batches(state.step, worker))
+            batches = guarded("collate", where, lambda: self.source.batches(state.step, worker))
         ids = [int(i) for batch in batches for i in batch.row_ids]
         where += f", rows {_short(ids)}"
         seed_everything("contribute", *place)
         rng = generator("strategy", *place)
         with torch.enable_grad(), state.handing_over(outlet if self.strategy.hands_over else None):
             given, new_state = guarded(
-                f"loss, {where}", lambda: self.strategy.contribute(state, worker_state, batches, rng)
+                "loss", where, lambda: self.strategy.contribute(state, worker_state, batches, rng)
             )
         weight = float(given.weight)
         if not 0 <= weight < float("inf"):
@@ -202,8 +202,9 @@ def to_record(form: RecordFormat, given: Given, state_bytes: int) -> NDArray[np.
     return record
 
 
-def guarded(where: str, call: Callable[[], T]) -> T:
-    """Run user code; what it raises becomes a `UserCodeError` that says where, with the user's exception as cause.
+def guarded(function: str, where: str, call: Callable[[], T]) -> T:
+    """Run user code; what it raises becomes a `UserCodeError` that says in which function and where, and has the
+    user's exception as its cause.
 
     Raises:
         ConfigError: an operation in it has no deterministic kernel.
@@ -215,10 +216,10 @@ def guarded(where: str, call: Callable[[], T]) -> T:
     except Exception as error:
         if operation := without_kernel(error):
             raise ConfigError(
-                f"{operation} in {where}: torch has no deterministic kernel for it here. Use another operation, or "
-                "give up equal bits with TrainConfig(deterministic=False)."
+                f"{operation} in {function}, {where}: torch has no deterministic kernel for it here. Use another "
+                "operation, or give up equal bits with TrainConfig(deterministic=False)."
             ) from error
-        raise UserCodeError(f"{type(error).__name__} in {where}", traceback.format_exc()) from error
+        raise UserCodeError(type(error).__name__, function, where, traceback.format_exc()) from error
 
 
 def finite(vector: Vector) -> bool:

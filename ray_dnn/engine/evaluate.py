@@ -106,5 +106,5 @@ class Evaluator:
             return as_pairs(evaluate(state.model, batch), table.num_rows, "evaluate")
 
         first = piece * self._piece
-        where = f"rows {first}..{first + table.num_rows - 1}, step {state.step}"
-        return guarded(f"evaluate, dataset {name!r}, {where}", call)
+        where = f"dataset {name!r}, rows {first}..{first + table.num_rows - 1}, step {state.step}"
+        return guarded("evaluate", where, call)

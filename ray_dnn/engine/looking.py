@@ -104,8 +104,8 @@ class WatchedContributor(Contributor):
         with _activations(self.state.model, watch.activations) as activations:
             given = super().contribute(worker, worker_state, leaf, agent, ready)
         seen = self._seen(worker, given, leaf, activations)
-        where = f"look, agent {agent}, step {watch.step}, virtual worker {worker}"
-        self.seen[place] = guarded(where, lambda: watch.look(seen))
+        where = f"agent {agent}, step {watch.step}, virtual worker {worker}"
+        self.seen[place] = guarded("look", where, lambda: watch.look(seen))
         return given
 
     def _seen(self, worker: int, given: Given, leaf: Leaf, activations: dict[str, list[Any]]) -> Seen:

@@ -129,7 +129,7 @@ class Engine:
         if not self._has(self.state.step):
             return True
         stop = self.state.spec.stop
-        return bool(self.history and stop and guarded("stop", lambda: stop([dict(h) for h in self.history])))
+        return bool(self.history and stop and guarded("stop", "", lambda: stop([dict(h) for h in self.history])))
 
     def _has(self, step: int) -> bool:
         """Whether the job has such a step. Its rows are known then, which may take a while.
@@ -385,7 +385,7 @@ class Engine:
             seed_everything("apply", state.config.seed, state.step, state.phase)
             there = {n: slot.to(state.device) for n, slot in means.slots.items() if n in touched}
             combined = Combined(there, round_.weight)
-            guarded(f"optimizer, step {state.step}", lambda: self.contributor.strategy.apply(state, combined))
+            guarded("optimizer", f"step {state.step}", lambda: self.contributor.strategy.apply(state, combined))
             self._folding.give_back(state.phase, means)
         with torch.no_grad():
             state.buffers.apply(round_.floats, self._buffer_sums, round_.weight, round_.values)
@@ -426,7 +426,7 @@ class Engine:
             seed_everything("after_update", state.config.seed, step)
             before = unmoved.of_modules(state.model)
             with torch.no_grad():
-                guarded(f"after_update, step {step}", lambda: after(state.model, state.extra, step))
+                guarded("after_update", f"step {step}", lambda: after(state.model, state.extra, step))
             unmoved.refuse_changes(before, unmoved.of_modules(state.model), f"after_update, step {step}")
             # What it did to buffers is part of the committed state.
             state.buffers.commit()

@@ -121,7 +121,7 @@ def _blocks(source: Source, number: int) -> Iterator[Any]:
         raise
     except Exception as error:
         told = error.__cause__ or error  # Ray Data wraps what the user's function raised
-        raise UserCodeError(f"{type(told).__name__} in a transform of {where}", traceback.format_exc()) from told
+        raise UserCodeError(type(told).__name__, f"a transform of {where}", "", traceback.format_exc()) from told
 
 
 def _readable(blocks: Iterable[Any], where: str) -> Iterator[Any]:
