@@ -40,6 +40,7 @@ LONG = (
     "test_checkpoints",
     "test_draining",
     "test_silence",
+    "test_autoscaling",
     "test_strategies",
     "test_feed",
     "test_cluster",
