@@ -175,7 +175,8 @@ def test_agents_that_share_a_gpu_give_the_bits_of_one_and_go_on_from_a_checkpoin
     assert_every_row_once(result)
     assert accuracies(result) == accuracies(alone)
     admitted = [event for event in read_events(half, 1) if isinstance(event, AgentAdmitted)]
-    assert [event.profile["device"] for event in admitted] == ["pretend:0"] * 2
+    assert len(admitted) >= 2  # more where one was replaced, as on a machine that is too busy
+    assert {event.profile["device"] for event in admitted} == {"pretend:0"}
     again = of_epochs(tmp_path / "gpu", 2, shared(1)).replay(6, everything, ["0"])
     assert (again.same_bits, again.elsewhere) == (True, [])
     for seen in again.seen:
