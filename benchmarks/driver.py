@@ -20,11 +20,12 @@ from ray.train import RunConfig, ScalingConfig
 from benchmarks import small
 from benchmarks.tables import Claim, Table
 from ray_dnn import TrainConfig, Trainer, TrainSpec
-from ray_dnn.agent import Agent, Built, Exported, Generation, Job, Stopped
-from ray_dnn.checkpoint import weights_to_bytes
+from ray_dnn.agent import Agent, Built, Generation, Job, Stopped
+from ray_dnn.checkpoint import File, Place
 from ray_dnn.comm.mesh import Address
 from ray_dnn.engine.probe import FirstContribution
 from ray_dnn.engine.reports import Joined, StepReport
+from ray_dnn.engine.saving import Taken
 from ray_dnn.events import FirstStep
 from ray_dnn.phases import Phase
 from ray_dnn.testing import read_ledger
@@ -48,7 +49,7 @@ class Pretender(Agent):
 
     def _run(self, generation: Generation, replica: int, founding: bool, called: float) -> Stopped:
         """Take steps when they are due, whatever the driver does."""
-        rate, steps = int(os.environ[_RATE]), self._job.config.steps
+        rate, steps, self._replica = int(os.environ[_RATE]), self._job.config.steps, replica
         now = time.time()
         joined = Joined(called, now, now, now)
         self.marks.enter(Phase.COMPUTING, 0)
@@ -92,9 +93,20 @@ class Pretender(Agent):
             joined=joined,
         )
 
-    def export_weights(self) -> Exported:
-        """Of no weights."""
-        return Exported(weights_to_bytes({}), "")
+    def snapshot(self, number: int) -> None:
+        """Of nothing, as all below."""
+
+    def taken(self, number: int) -> Taken:
+        steps = self._job.config.steps
+        assert steps is not None
+        return Taken(steps, [], AGENTS, self._replica, {}, [])
+
+    def write(self, number: int, writer: int, place: Place) -> dict[str, File]:
+        name = f"nothing-{writer}"
+        return {name: place.write(name)}
+
+    def drop(self, number: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)

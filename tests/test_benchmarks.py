@@ -2,6 +2,7 @@
 
 import re
 import threading
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +22,12 @@ from benchmarks.turns import Gate, Turns
 
 SECONDS = st.floats(1e-4, 1e3)
 PAIRS = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=25)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_can_be_loaded(name: str) -> None:
+    """No test runs all of them, and what they are made of changes."""
+    assert callable(import_module(f"benchmarks.{name}").run)
 
 
 def table(name: str = "step", worse: bool = True) -> Table:
