@@ -47,12 +47,13 @@ from ray_dnn.engine.transfer import agree
 from ray_dnn.feed.collate import default_collate
 from ray_dnn.feed.supply import News, Supply
 from ray_dnn.identity import Identity, of_state
+from ray_dnn.in_host import in_host
 from ray_dnn.marks import Marks
 from ray_dnn.network import Network
 from ray_dnn.parallel import ReplicaGroup, set_current_group
 from ray_dnn.phases import Phase
 from ray_dnn.plan import Plan
-from ray_dnn.portable import in_host, portable
+from ray_dnn.portable import portable
 from ray_dnn.strategies.base import Strategy
 from ray_dnn.watcher import StatusMemory, own_start
 

@@ -51,6 +51,7 @@ LAYERS = {
     "watcher": 3,
     "guard": 3,
     "portable": 3,
+    "in_host": 3,
     "recorder": 3,
     "checkpoints": 3,
     "resume": 3,
