@@ -22,10 +22,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _MOST_FAILED = 3  # runs, before it is pointless to go on
 _EXIT_S = 15.0  # for Ray's processes to end
 _AGENT_GIB = 0.5
+
+Number = TypeVar("Number", int, float)
 
 
 def _arguments(given: list[str]) -> argparse.Namespace:
@@ -73,25 +75,27 @@ def _available_gib() -> float:
 
 
 def _seconds(text: str) -> tuple[float, float]:
-    least, _, most = text.partition("..")
-    try:
-        span = float(least), float(most or least)
-    except ValueError:
-        span = (1.0, 0.0)
-    if not 0 <= span[0] <= span[1]:
+    span = _from_to(text, float)
+    if span is None or span[0] < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN..MAX in seconds")
     return span
 
 
 def _span(text: str) -> tuple[int, int]:
-    least, _, most = text.partition("..")
-    try:
-        span = int(least), int(most or least)
-    except ValueError:
-        span = (0, 0)
-    if not 1 <= span[0] <= span[1] or span[1] < 2:
+    span = _from_to(text, int)
+    if span is None or span[0] < 1 or span[1] < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN..MAX with a MAX of 2 or more")
     return span
+
+
+def _from_to(text: str, number: Callable[[str], Number]) -> tuple[Number, Number] | None:
+    """MIN..MAX, or one number for both; None where it is neither."""
+    least, _, most = text.partition("..")
+    try:
+        span = number(least), number(most or least)
+    except ValueError:
+        return None
+    return span if span[0] <= span[1] else None
 
 
 def _say(text: str) -> None:

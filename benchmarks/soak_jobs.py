@@ -90,28 +90,24 @@ def language(steps: int) -> Job:
 
 def convnet(steps: int) -> Job:
     """A convolutional network with buffers that are combined and noise that is drawn."""
-    spec = TrainSpec(
-        model=build_convnet,
-        optimizer=build_convnet_optimizer,
-        loss=convnet_loss,
-        evaluate=convnet_evaluate,
-        collate=convnet_collate,
-    )
-    datasets = {"train": images("train", ROWS), "validation": images("t10k", HELD_OUT_ROWS)}
-    return Job("convnet", spec, datasets, min_rows=2)
+    return _on_images("convnet", build_convnet, min_rows=2)
 
 
 def many(steps: int) -> Job:
     """A network so small that many agents can train it on few cores; one or two virtual workers for each of them."""
+    return _on_images("many", build_many, batch=MANY, workers=MANY, patience=MANY_PATIENCE)
+
+
+def _on_images(name: str, model: Callable[[], nn.Module], **more: Any) -> Job:
     spec = TrainSpec(
-        model=build_many,
+        model=model,
         optimizer=build_convnet_optimizer,
         loss=convnet_loss,
         evaluate=convnet_evaluate,
         collate=convnet_collate,
     )
     datasets = {"train": images("train", ROWS), "validation": images("t10k", HELD_OUT_ROWS)}
-    return Job("many", spec, datasets, batch=MANY, workers=MANY, patience=MANY_PATIENCE)
+    return Job(name, spec, datasets, **more)
 
 
 JOBS: dict[str, Callable[[int], Job]] = {"language": language, "convnet": convnet, "many": many}

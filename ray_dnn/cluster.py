@@ -135,14 +135,14 @@ def waiting_minimums() -> dict[str, dict[str, float]]:
 
 def nodes_with_room(places: Places, slots: Sequence[int]) -> set[str]:
     """The nodes that could take one of these agents now."""
-    free = ray._private.state.available_resources_per_node()
+    left = ray._private.state.available_resources_per_node()
     wanted = [places.selector(slot) for slot in slots]
     return {
         node["NodeID"]
         for node in ray.nodes()
         if node["Alive"]
         and any(matches(node["Labels"], selector) for selector in wanted)
-        and all(free.get(node["NodeID"], {}).get(key, 0) >= amount for key, amount in places.resources.items())
+        and all(left.get(node["NodeID"], {}).get(key, 0) >= amount for key, amount in places.resources.items())
     }
 
 

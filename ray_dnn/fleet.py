@@ -159,10 +159,10 @@ class Fleet:
         """
         if any(r.seats.gang.minimum for r in self.staged(Stage.ASKED)):
             return
-        for seats in self._usable(count):
-            self._vacant.remove(seats)
-            self._start([self._add(seats)])
-            count -= 1
+        usable = self._usable(count)
+        self._vacant = [seats for seats in self._vacant if seats not in usable]
+        self._start([self._add(seats) for seats in usable])
+        count -= len(usable)
         if self._places.strategy in ("SPREAD", "STRICT_SPREAD"):
             count = 0 if self.staged(Stage.ASKED) else min(count, 1)
         slots = self._free_slots(count)
@@ -219,16 +219,16 @@ class Fleet:
         if any(seats.gang.wish.only for seats in usable):
             alive = alive_nodes()
             usable = [s for s in usable if s.gang.wish.only is None or s.gang.wish.only & alive]
-        return [seats for seats in usable if not self._crowded(seats)][:count]
+        return self._apart(usable)[:count]
 
-    def _crowded(self, seats: Seats) -> bool:
-        """Whether places are where they must not be, for other agents are there: of several gangs, Ray knows only that
+    def _apart(self, places: Sequence[Seats]) -> list[Seats]:
+        """Those that are not where they must not be, for other agents are there: of several gangs, Ray knows only that
         each is spread by itself."""
         if self._places.strategy != "STRICT_SPREAD" or not (agents := self._agents_by_node()):
-            return False
-        where = seats.gang.nodes()
-        nodes = {where.get(index) for index in seats.indexes}
-        return None in nodes or not nodes.isdisjoint(agents)
+            return list(places)
+        where = {gang: gang.nodes() for gang in {seats.gang for seats in places}}
+        nodes = [{where[seats.gang].get(index) for index in seats.indexes} for seats in places]
+        return [s for s, there in zip(places, nodes, strict=True) if None not in there and there.isdisjoint(agents)]
 
     def _agents_by_node(self) -> Counter[str]:
         """How many agents there are. Those of replicas that are only asked for are nowhere."""
@@ -297,10 +297,11 @@ class Fleet:
             for replica in waiting:
                 self._owner.on_lost(replica, f"its place could not be had: {error}")
         elif waiting:
-            crowded = [replica for replica in waiting if self._crowded(replica.seats)]
-            for replica in crowded:
-                self.release(replica, "asked for elsewhere")
-            self._start([replica for replica in waiting if replica not in crowded])
+            apart = set(self._apart([replica.seats for replica in waiting]))
+            for replica in waiting:
+                if replica.seats not in apart:
+                    self.release(replica, "asked for elsewhere")
+            self._start([replica for replica in waiting if replica.seats in apart])
             self._owner.on_placed()
 
     def _start(self, replicas: list[Replica]) -> None:

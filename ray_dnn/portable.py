@@ -1,4 +1,4 @@
-"""What travels between processes though it was not made for it."""
+"""Exceptions that travel between processes."""
 
 from __future__ import annotations
 

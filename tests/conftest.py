@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -88,6 +89,13 @@ def wait_for_exit(before: set[int], seconds: float) -> dict[int, str]:
             break
         time.sleep(0.05)
     return left
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens, neither here nor at any other address of this machine."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
 
 
 @contextlib.contextmanager

@@ -112,3 +112,14 @@ def assert_every_row_once(result: Result | str, epochs: int = 2) -> None:
     ledger = read_ledger(result if isinstance(result, str) else result.path)
     for epoch in range(epochs):
         assert ledger.counts(epoch).tolist() == [1] * ROWS
+
+
+def assert_as_undisturbed(result: Result, path: Path) -> None:
+    """The bits and the rows of one agent alone, which runs in ``path``, and no step was computed twice."""
+    assert result.metrics is not None
+    steps = result.metrics["steps"]
+    # Without a place of its own, so anywhere.
+    alone = trainer(path, 1, config={"epochs": None, "steps": steps}).fit()
+    assert digest(result) == digest(alone)
+    assert_every_row_once(result, steps // 7)
+    assert [line.step for line in read_ledger(result).lines] == list(range(steps))

@@ -3,28 +3,28 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from conftest import RAY_DIR, nothing_left, our_processes
-from jobs_for_tests import assert_every_row_once, digest, slowly, trainer
-from ray.train import Result
+from conftest import RAY_DIR, free_ports, nothing_left, our_processes
+from jobs_for_tests import assert_as_undisturbed, slowly, trainer
 from ray.util import placement_group_table
 
 from ray_dnn.events import AgentStarted, GenerationFormed
-from ray_dnn.testing import read_events, read_ledger
+from ray_dnn.testing import read_events
+from tests.hosts import wait_for
 
 MACHINES = 3  # that there can be, each with a place for one agent
 HEAD = "f" * 51 + "00000"  # the number that the provider of such machines expects a head to have
 HEAD_TYPE = "ray.head.default"
 PLACE = {"place": 1}
+soon = partial(wait_for, seconds=120.0, pause_s=0.1)
 
 
 def cluster_file(address: str) -> dict[str, Any]:
@@ -57,12 +57,6 @@ def cluster_file(address: str) -> dict[str, Any]:
         "file_mounts_sync_continuously": False,
         **{key: [] for key in ("initialization_commands", "setup_commands", *commands)},
     }
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
 
 
 @contextlib.contextmanager
@@ -104,7 +98,7 @@ def autoscaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False)
         yield
         # A machine that Ray counts as gone leaves a process behind, which its provider ends a little later.
-        wait_for(lambda: sum("log_monitor" in command for command in our_processes().values()) <= 1)
+        soon("end of the rest", lambda: sum("log_monitor" in command for command in our_processes().values()) <= 1)
         ray.shutdown()
 
 
@@ -119,26 +113,10 @@ def requests() -> list[int]:
     return sorted((len(about["bundles"]) for about in pending), reverse=True)
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline, f"{machines()} machines, requests for {requests()} places"
-        time.sleep(0.1)
-
-
 def formed(handle: Any, agents: int, after: int = 0) -> GenerationFormed:
     """The first generation of so many agents after generation ``after``."""
     generations = (e for e in handle.events() if isinstance(e, GenerationFormed) and e.generation > after)
     return next(e for e in generations if len(e.agents) == agents)
-
-
-def assert_as_undisturbed(result: Result, path: Path) -> None:
-    assert result.metrics is not None
-    steps = result.metrics["steps"]
-    alone = trainer(path, 1, config={"epochs": None, "steps": steps}).fit()
-    assert digest(result) == digest(alone)
-    assert_every_row_once(result, steps // 7)
-    assert [line.step for line in read_ledger(result).lines] == list(range(steps))
 
 
 def test_an_autoscaler_brings_machines_for_a_run_and_takes_them_back_while_it_trains(
@@ -147,22 +125,23 @@ def test_an_autoscaler_brings_machines_for_a_run_and_takes_them_back_while_it_tr
     job = trainer(tmp_path / "grown", (2, MACHINES + 2), {"loss": slowly(0.01)}, {"epochs": None, "steps": 10**6})
     job.scaling_config.resources_per_worker = PLACE
     handle = job.start()
-    wait_for(lambda: requests() == [2])  # the minimum, all at once or none
+    soon("requests for [2]", lambda: requests() == [2])  # the minimum, all at once or none
     full = formed(handle, MACHINES)
-    wait_for(lambda: requests() == [1, 1])  # each by itself: neither can be met, and neither kept the last one back
+    # Each by itself: neither can be met, and neither kept the last one back.
+    soon("requests for [1, 1]", lambda: requests() == [1, 1])
     handle.resize(2)
     small = formed(handle, 2, full.generation)
-    wait_for(lambda: requests() == [])
-    wait_for(lambda: machines() == 2)  # nobody watches on the third any more
+    soon("requests for []", lambda: requests() == [])
+    soon("2 machines", lambda: machines() == 2)  # nobody watches on the third any more
     handle.resize(MACHINES + 2)
     again = formed(handle, MACHINES, small.generation)
     assert again.step > small.step > 0  # the others went on meanwhile
-    wait_for(lambda: requests() == [1, 1])
+    soon("requests for [1, 1]", lambda: requests() == [1, 1])
     handle.stop()
     result = handle.result()
     assert requests() == []
     assert_as_undisturbed(result, tmp_path / "alone")
-    wait_for(lambda: machines() == 0)
+    soon("0 machines", lambda: machines() == 0)
     events = read_events(result)
     assert not any(e.lost for e in events if isinstance(e, GenerationFormed))
     assert len([e for e in events if isinstance(e, AgentStarted)]) == MACHINES + 1  # nobody was started anew

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nodes
-from jobs_for_tests import assert_every_row_once, digest, loss, slowly, trainer
+from jobs_for_tests import assert_as_undisturbed, digest, loss, slowly, trainer
 from ray.train import FailureConfig, Result, RunConfig
 from test_nodes import processes_of
 from torch import nn
@@ -65,17 +65,6 @@ def follow(handle: Any, *acts: tuple[Callable[[Any], bool], Callable[[], None]])
     return result
 
 
-def assert_as_undisturbed(result: Result, path: Path) -> None:
-    """The bits of one agent, and no step was computed twice."""
-    assert result.metrics is not None
-    steps = result.metrics["steps"]
-    # Without a place of its own, so anywhere.
-    alone = trainer(path / "alone", 1, {"loss": loss}, {"epochs": None, "steps": steps}).fit()
-    assert digest(result) == digest(alone)
-    assert_every_row_once(result, steps // 7)
-    assert [line.step for line in read_ledger(result).lines] == list(range(steps))
-
-
 def of(result: Result, kind: type[Event]) -> list[Any]:
     return [event for event in read_events(result) if isinstance(event, kind)]
 
@@ -106,7 +95,7 @@ def test_an_agent_is_replaced_before_its_node_ends(cluster: Any, tmp_path: Path)
     assert swap.left == draining.agents  # at the boundary at which the other came
     assert len(swap.joined) == 1
     assert not any(e.lost for e in of(result, GenerationFormed))
-    assert_as_undisturbed(result, tmp_path)
+    assert_as_undisturbed(result, tmp_path / "alone")
     for node in (first, second, *spare):
         cluster.remove_node(node)
 
@@ -124,7 +113,7 @@ def test_without_a_replacement_it_leaves_before_its_node_ends(cluster: Any, tmp_
     assert formed.left == draining.agents
     assert formed.lost == []
     assert formed.time - draining.time < draining.left_s
-    assert_as_undisturbed(result, tmp_path)
+    assert_as_undisturbed(result, tmp_path / "alone")
     for node in (first, second):
         cluster.remove_node(node)
 
@@ -158,7 +147,7 @@ def test_an_agent_that_is_slow_beyond_sense_is_replaced_on_another_node(cluster:
     assert left.left == slow.agents
     assert len(left.agents) == 2  # at once, not when there was a replacement
     assert not any(e.lost for e in of(result, GenerationFormed))
-    assert_as_undisturbed(result, tmp_path)
+    assert_as_undisturbed(result, tmp_path / "alone")
     for node in there:
         cluster.remove_node(node)
 
@@ -184,7 +173,7 @@ def test_where_all_nodes_end_the_state_is_written_and_handed_to_whoever_comes(cl
     (draining,) = of(result, NodeDraining)
     written = [e for e in of(result, CheckpointWritten) if e.time > draining.time]
     assert len(written) >= 3  # at once, when it stopped, and at the end
-    assert_as_undisturbed(result, tmp_path)
+    assert_as_undisturbed(result, tmp_path / "alone")
     for node in (first, *others):
         cluster.remove_node(node)
 
@@ -245,6 +234,6 @@ def test_where_all_nodes_have_ended_nothing_is_computed_again(cluster: Any, tmp_
     (again,) = of(result, RunResumed)
     assert len(read_ledger(result, attempt=1).lines) == again.step
     assert len(list(of(result, AgentStarted))) == 1
-    assert_as_undisturbed(result, tmp_path)
+    assert_as_undisturbed(result, tmp_path / "alone")
     for node in others:
         cluster.remove_node(node)

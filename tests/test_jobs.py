@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sysconfig
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RAY_DIR, nothing_left
+from conftest import RAY_DIR, free_ports, nothing_left
 
 from ray_dnn.events import AgentGone, AgentStarted, CheckpointWritten, Progress, RunInterrupted, RunResumed
 from ray_dnn.testing import read_events, read_ledger
@@ -94,14 +93,6 @@ def bare_python(folder: Path) -> Path:
     where = sysconfig.get_path("purelib", vars={"base": str(folder)})
     (Path(where) / "rest.pth").write_text(installed + "\n")  # of folders added like this no .pth file is read
     return folder / "bin" / "python"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 from conftest import nodes
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs_for_tests import assert_every_row_once, digest, slowly, trainer
+from jobs_for_tests import assert_as_undisturbed, slowly, trainer
 from ray.train import Result, ScalingConfig
 
 from ray_dnn import Handle
@@ -109,14 +109,6 @@ def formed(result: Result) -> list[list[str]]:
     """The nodes of the agents of each generation."""
     where = {e.agent: e.node for e in read_events(result) if isinstance(e, AgentStarted)}
     return [[where[name] for name in e.agents] for e in read_events(result) if isinstance(e, GenerationFormed)]
-
-
-def assert_as_undisturbed(result: Result, path: Path) -> None:
-    assert result.metrics is not None
-    steps = result.metrics["steps"]
-    alone = trainer(path, 1, None, {"epochs": None, "steps": steps}).fit()
-    assert digest(result) == digest(alone)
-    assert_every_row_once(result, steps // 7)
 
 
 def test_agents_stay_apart_as_newcomers_and_after_a_death(zones: dict[str, str], tmp_path: Path) -> None:

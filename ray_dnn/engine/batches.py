@@ -106,7 +106,7 @@ class BatchSource:
 
 
 def _numbers(table: pa.Table) -> Rows:
-    return np.asarray(as_numpy(pa.concat_arrays(table.column(NUMBERS).chunks)), np.int64)
+    return np.asarray(as_numpy(table.column(NUMBERS).combine_chunks()), np.int64)
 
 
 def as_numpy(array: pa.Array) -> Any:

@@ -332,20 +332,26 @@ def _load_optimizer(
     """
     if tree["names"] != _group_names(optimizer, parameters):
         raise ConfigError(f"The parameters in the groups of {key} are others than on the agent that sent its state.")
+    if counters is None:
+        counters = _counters_of(optimizer, parameters)
     optimizer.state.clear()
     for group, values in zip(optimizer.param_groups, tree["groups"], strict=True):
         group.update(like(values, group))
     for name, entries in tree["state"].items():
         parameter = parameters[name]
-        stay = counters[name] if counters is not None else _counters_of(optimizer, parameter)
+        stay = counters[name]
         optimizer.state[parameter] = {k: v if k in stay else to_device(v, parameter.device) for k, v in entries.items()}
     optimizer.state.update(tree["shared"])
 
 
-def _counters_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[str]:
-    """What torch's optimizers keep in host memory, as ``Optimizer.load_state_dict`` has it."""
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    return [] if group.get("fused") or group.get("capturable") else ["step"]
+def _counters_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+    """What torch's optimizers keep in host memory, by parameter, as ``Optimizer.load_state_dict`` has it."""
+    names = {id(p): name for name, p in parameters.items()}
+    return {
+        names[id(p)]: [] if group.get("fused") or group.get("capturable") else ["step"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def _group_names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
