@@ -214,6 +214,8 @@ class Guard:
             if error is not None:
                 self._lost(node, error)
                 return
+            if not node.heard:
+                _logger.debug("node %s is watched", node.node_id)
             node.heard, node.deaths = True, 0
             self._look(node)  # first of all: it makes the watcher kill whom it found stopped
             self._seen(sights or ())

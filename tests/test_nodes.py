@@ -1,6 +1,7 @@
 """Whole nodes that fall silent: two raylets on this machine, all processes of one of them frozen and thawed."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 from conftest import nodes, our_processes
 from jobs_for_tests import assert_as_undisturbed, slowly, trainer
 
-from ray_dnn.events import AgentGone, AgentStarted, FirstStep, GenerationFormed, Progress
+from ray_dnn.events import AgentGone, AgentStarted, GenerationFormed, Progress
 from ray_dnn.liveness import Patience
 from ray_dnn.testing import read_events
 
@@ -42,7 +43,10 @@ def processes_of(node: Any) -> list[int]:
     return sorted(found)
 
 
-def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(second_node: Any, tmp_path: Path) -> None:
+def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(
+    second_node: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "ray_dnn")
     job = trainer(
         tmp_path / "frozen",
         (1, 2),
@@ -52,29 +56,33 @@ def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(second_node: A
     )
     job.scaling_config.resources_per_worker = {"CPU": 2}  # so one agent on each node
     handle = job.start()
-    pids = {}
+    pids: dict[str, int] = {}  # of the agents on the second node
+    members: list[str] = []
     frozen: list[int] = []
     zombie, state = "", "waiting for two"
     for event in handle.events():
-        if isinstance(event, AgentStarted):
+        if isinstance(event, AgentStarted) and event.node == second_node.node_id:
             pids[event.agent] = event.pid
-        if isinstance(event, GenerationFormed) and len(event.agents) == 2 and state == "waiting for two":
-            state = "both at work"
-        elif isinstance(event, Progress) and state == "both at work":
-            frozen = processes_of(second_node)
-            zombie = next(agent for agent, pid in pids.items() if pid in frozen)
-            for pid in frozen:
-                os.kill(pid, signal.SIGSTOP)
-            state = "frozen"
+        elif isinstance(event, GenerationFormed):
+            members = event.agents
+            if state == "frozen" and zombie not in members:
+                state = "left behind"
+            elif state == "thawed" and len(members) == 2:
+                handle.stop()
+                state = "whole again"
         elif isinstance(event, Progress) and state == "left behind":
             for pid in frozen:
                 os.kill(pid, signal.SIGCONT)
             state = "thawed"
-        elif isinstance(event, FirstStep) and state == "frozen":
-            state = "left behind"
-        elif isinstance(event, GenerationFormed) and state == "thawed" and len(event.agents) == 2:
-            handle.stop()
-            state = "whole again"
+        elif isinstance(event, Progress) and state == "waiting for two" and len(members) == 2:
+            # Silence means little before a node's watcher has been heard: it may still be starting.
+            if f"node {second_node.node_id} is watched" not in caplog.text:
+                continue
+            zombie = next(agent for agent in members if agent in pids)
+            frozen = processes_of(second_node)
+            for pid in frozen:
+                os.kill(pid, signal.SIGSTOP)
+            state = "frozen"
     result = handle.result()
     assert state == "whole again"
     assert_as_undisturbed(result, tmp_path / "alone")
