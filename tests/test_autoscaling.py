@@ -5,8 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,16 @@ MACHINES = 3  # that there can be, each with a place for one agent
 HEAD = "f" * 51 + "00000"  # the number that the provider of such machines expects a head to have
 HEAD_TYPE = "ray.head.default"
 PLACE = {"place": 1}
-soon = partial(wait_for, seconds=120.0, pause_s=0.1)
+
+
+def soon(what: str, is_so: Callable[[], bool]) -> None:
+    """Wait until something is so. A failure says what runs, and what the autoscaler did last."""
+    try:
+        wait_for(what, is_so, seconds=120.0, pause_s=0.1)
+    except TimeoutError as error:
+        log = Path(RAY_DIR, "autoscaled", "session_latest", "logs", "monitor.log").read_text()[-10_000:]
+        running = "\n".join(f"{pid} {command}" for pid, command in our_processes().items())
+        raise TimeoutError(f"{error}\n{running}\n{ray.nodes()}\n{log}") from error
 
 
 def cluster_file(address: str) -> dict[str, Any]:
@@ -72,6 +80,7 @@ def head(folder: Path) -> Iterator[str]:
     command += ["--max-worker-port=0", f"--temp-dir={RAY_DIR}/autoscaled", f"--autoscaling-config={config}"]
     environment = os.environ | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_AUTOSCALER_RECONCILE_RAY_STOP_REQUESTED_STATUS_TIMEOUT_S": "20",  # after which it asks again, else 300
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD,

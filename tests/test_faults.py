@@ -173,7 +173,7 @@ def test_stopped_deadlocked_and_looping_agents_are_found(tmp_path: Path, undistu
         Slow("computing", step=20, rank=1),
         Slow("applying", step=35, rank=0, busy=True),
     ]
-    job = faulty(tmp_path, (1, 3), patience=Patience(idle_s=1.5, busy_s=2))
+    job = faulty(tmp_path, (1, 3), patience=Patience(idle_s=1.5, busy_s=3.5))
     result = fit_with_faults(job, faults, {0: 3, 20: 3, 35: 3})
     assert_undisturbed(result, undisturbed)
     reasons = gone(result)
