@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jobs_for_tests import assert_as_undisturbed, slowly, trainer
 from ray_dnn.events import AgentGone, AgentStarted, GenerationFormed, Progress
 from ray_dnn.liveness import Patience
 from ray_dnn.testing import read_events
+from tests.hosts import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,8 @@ def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(
     members: list[str] = []
     frozen: list[int] = []
     zombie, state = "", "waiting for two"
+    # Silence means little before a node's watcher has been heard: it may still be starting.
+    heard = f"node {second_node.node_id} is watched"
     for event in handle.events():
         if isinstance(event, AgentStarted) and event.node == second_node.node_id:
             pids[event.agent] = event.pid
@@ -74,10 +76,7 @@ def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(
             for pid in frozen:
                 os.kill(pid, signal.SIGCONT)
             state = "thawed"
-        elif isinstance(event, Progress) and state == "waiting for two" and len(members) == 2:
-            # Silence means little before a node's watcher has been heard: it may still be starting.
-            if f"node {second_node.node_id} is watched" not in caplog.text:
-                continue
+        elif isinstance(event, Progress) and state == "waiting for two" and len(members) == 2 and heard in caplog.text:
             zombie = next(agent for agent in members if agent in pids)
             frozen = processes_of(second_node)
             for pid in frozen:
@@ -89,7 +88,4 @@ def test_a_node_that_freezes_is_left_behind_and_comes_back_as_new(
     gone = next(e for e in read_events(result) if isinstance(e, AgentGone) and e.agent == zombie)
     assert "nothing was heard from node" in gone.reason
     # The agent that was left behind goes away by itself once it can run again.
-    deadline = time.monotonic() + 20
-    while pids[zombie] in our_processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert pids[zombie] not in our_processes()
+    wait_for("end of the one left behind", lambda: pids[zombie] not in our_processes(), seconds=20, pause_s=0.05)
